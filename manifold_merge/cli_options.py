@@ -1,0 +1,191 @@
+"""Options that commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "DType",
+    "Debug",
+    "DifferentBase",
+    "Distance",
+    "Extras",
+    "Folders",
+    "Geometry",
+    "IgnoredKeys",
+    "Json",
+    "MaxMemory",
+    "Missing",
+    "Quiet",
+    "Weights",
+    "parse_bytes",
+    "parse_device",
+    "parse_layer_weights",
+    "parse_rank",
+    "parse_weights",
+]  # fmt: skip
+
+
+class Geometry(StrEnum):
+    """Names of the geometries of ``merge_adapters``."""
+
+    auto = "auto"
+    lifted = "lifted"
+    mixed = "mixed"
+    embedded = "embedded"
+    invariant = "invariant"
+    polar = "polar"
+
+
+class Distance(StrEnum):
+    """Names of the distances of ``merge_adapters``."""
+
+    exact = "exact"
+    aligned = "aligned"
+    chordal = "chordal"
+
+
+class Missing(StrEnum):
+    """What a module that some adapters lack means."""
+
+    zero = "zero"
+    present = "present"
+    error = "error"
+
+
+class Extras(StrEnum):
+    """What to do with biases and fully trained modules."""
+
+    mean = "mean"
+    drop = "drop"
+
+
+class DType(StrEnum):
+    """Types of written tensors."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
+Folders = Annotated[
+    list[Path],
+    typer.Argument(metavar="DIR", help="Adapter folders in PEFT's format.", show_default=False),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="W,W,...",
+        help="One weight for each adapter; divided by their sum. Default: equal.",
+    ),
+]
+DifferentBase = Annotated[
+    bool,
+    typer.Option(
+        "--allow-different-base",
+        help="Accept adapters that name different base models.",
+    ),
+]
+IgnoredKeys = Annotated[
+    list[str],
+    typer.Option(
+        "--ignore-config-key",
+        metavar="KEY",
+        help="An unknown key of adapter_config.json that you know not to matter. Repeatable.",
+        show_default=False,
+    ),
+]
+MaxMemory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE",
+        help="Bytes of factors worked on at a time, such as 64MB or 2GB.",
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object and nothing else."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Log each step; show where errors arise."),
+]
+
+
+def parse_weights(option: str, text: str) -> list[float]:
+    """Read ``1,-0.5`` as numbers; errors name the option."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"{option}: expected numbers separated by commas, such as 1,1,0.5; got {text!r}"
+        ) from None
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Read a size such as ``256MB``, ``1.5 GiB`` or a number of bytes; errors name the option.
+
+    Example:
+        >>> parse_bytes("--max-memory", "256MB"), parse_bytes("--max-memory", "1GiB")
+        (256000000, 1073741824)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    size = 0
+    if match:
+        size = int(
+            float(match[1]) * (1024 if match[3] else 1000) ** " kmgt".index(match[2].lower() or " ")
+        )
+    if size < 1:
+        raise ValueError(f"{option}: expected a size such as 64MB or 2GB, got {text!r}")
+    return size
+
+
+def parse_layer_weights(given: Sequence[str]) -> dict[str, list[float]]:
+    """Read each ``PATTERN=w,w,...``."""
+    parsed: dict[str, list[float]] = {}
+    for item in given:
+        pattern, equals, weights = item.rpartition("=")
+        if not equals or not pattern:
+            raise ValueError(
+                f"--layer-weights: expected PATTERN=w,w,... such as '*.layer.0.*=1,0', got {item!r}"
+            )
+        if pattern in parsed:
+            raise ValueError(f"--layer-weights: pattern {pattern!r} is given twice; leave one out")
+        parsed[pattern] = parse_weights(f"--layer-weights {pattern!r}", weights)
+    return parsed
+
+
+def parse_rank(given: str | None) -> int | str | None:
+    """Read a number or ``full``."""
+    if given is None or given == "full":
+        return given
+    try:
+        return int(given)
+    except ValueError:
+        raise ValueError(f"--rank: expected a positive integer or full, got {given!r}") from None
+
+
+def parse_device(given: str) -> torch.device:
+    """Read ``cpu``, ``cuda``, ``cuda:1`` or ``mps``."""
+    import torch
+
+    try:
+        device = torch.device(given)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device: expected cpu, cuda (or cuda:1, ...) or mps, got {given!r}")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: no Apple GPU is available here; use --device cpu")
+    return device

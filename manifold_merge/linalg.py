@@ -1,0 +1,141 @@
+"""Small batched matrix functions that the geometries share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from scipy.integrate import DOP853
+from torch import Tensor
+
+__all__ = [
+    "adjoint",
+    "hermitian_pinv",
+    "integrate",
+    "principal_sqrt",
+    "symmetric_sylvester",
+]
+
+_STAGES = DOP853.n_stages
+_NODES = [[float(a) for a in row[:i]] for i, row in enumerate(DOP853.A[:_STAGES])]
+_WEIGHTS = [float(b) for b in DOP853.B]
+
+
+def adjoint(x: Tensor) -> Tensor:
+    """Transpose of the last two dimensions, ``(..., n, m)`` from ``(..., m, n)``."""
+    return x.transpose(-1, -2)
+
+
+def hermitian_pinv(x: Tensor) -> Tensor:
+    """Pseudo-inverse of symmetric positive semi-definite matrices ``(..., r, r)``.
+
+    Singular matrices are the normal case for a freshly initialised adapter (B = 0), for which the
+    pseudo-inverse gives the gradient of least norm.
+    """
+    return torch.linalg.pinv(x, hermitian=True)
+
+
+def symmetric_sylvester(s: Tensor, h: Tensor) -> Tensor:
+    """Solve ``N S + S N = H`` for N, with S symmetric positive semi-definite.
+
+    Args:
+        s: Symmetric matrices, ``(..., r, r)``.
+        h: Right-hand sides, ``(..., r, r)``.
+
+    Returns:
+        The solutions, ``(..., r, r)``; least-norm where S is singular.
+    """
+    values, vectors = torch.linalg.eigh(s.detach())
+    sums = values[..., :, None] + values[..., None, :]
+    cut = torch.finfo(s.dtype).eps * s.shape[-1] * sums.amax((-2, -1), keepdim=True)
+    inverse = torch.where(sums > cut, 1 / sums.clamp(min=torch.finfo(s.dtype).tiny), 0)
+
+    def solve(rhs: Tensor) -> Tensor:
+        rotated = adjoint(vectors) @ rhs @ vectors
+        return vectors @ (rotated * inverse) @ adjoint(vectors)
+
+    if not s.requires_grad:
+        return solve(h)
+    # Eigenvectors have no derivative at repeated eigenvalues, but the solution has one:
+    # dN S + S dN = dH - N dS - dS N. The difference below is zero and carries just that term.
+    fixed = solve(h.detach())
+    change = s - s.detach()
+    return solve(h - fixed @ change - change @ fixed)
+
+
+def principal_sqrt(x: Tensor, *, iterations: int = 40) -> tuple[Tensor, Tensor]:
+    """Principal square root of general matrices, where it exists.
+
+    Scaled product form of the Denman-Beavers iteration (Higham, *Functions of Matrices*, 2008,
+    eq. 6.29). It converges quadratically unless an eigenvalue lies on the closed negative real
+    axis, in which case no principal square root exists and the iteration does not settle.
+
+    Args:
+        x: Square matrices, ``(..., r, r)``.
+        iterations: Greatest number of iterations.
+
+    Returns:
+        The roots ``(..., r, r)`` and a boolean of the batch shape that says where they are valid;
+        the root is the identity elsewhere.
+    """
+    r = x.shape[-1]
+    eye = torch.eye(r, dtype=x.dtype, device=x.device).expand_as(x)
+    product, root = x, x
+    for step in range(iterations):
+        inverse, _ = torch.linalg.inv_ex(product)
+        # Determinantal scaling speeds up the first steps; near convergence it must switch off.
+        if step < 8:
+            scale = torch.linalg.det(product).abs() ** (-1 / (2 * r))
+            scale = torch.where(scale.isfinite() & (scale > 0), scale, 1.0)[..., None, None]
+        else:
+            scale = torch.ones_like(product[..., :1, :1])
+        square = scale.detach() ** 2
+        root = 0.5 * scale.detach() * root @ (eye + inverse / square)
+        product = 0.5 * (eye + 0.5 * (square * product + inverse / square))
+        error = (product - eye).abs().amax((-2, -1))
+        if not _traced(x) and step >= 3 and bool((error < 1e-15 * r).all()):
+            break
+    residual = (root @ root - x).abs().amax((-2, -1))
+    good = residual <= 1e3 * torch.finfo(x.dtype).eps ** 0.75 * x.abs().amax((-2, -1))
+    return torch.where(good[..., None, None], root, eye), good
+
+
+def integrate(
+    acceleration: Callable[[Tensor, Tensor], Tensor],
+    position: Tensor,
+    velocity: Tensor,
+    *,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """Integrate ``q'' = f(q, q')`` from time 0 to 1 with the order-8 Dormand-Prince method.
+
+    Args:
+        acceleration: ``f(position, velocity)``, shaped as the position.
+        position: Initial position, any shape.
+        velocity: Initial velocity, shaped as the position.
+        steps: Number of steps of equal length (Hairer, Norsett and Wanner 1993, section II.5).
+
+    Returns:
+        Position and velocity at time 1.
+    """
+    state = torch.stack((position, velocity))
+    h = 1.0 / steps
+    for _ in range(steps):
+        slopes: list[Tensor] = []
+        for row in _NODES:
+            point = _combine(state, slopes, row, h)
+            slopes.append(torch.stack((point[1], acceleration(point[0], point[1]))))
+        state = _combine(state, slopes, _WEIGHTS, h)
+    return state[0], state[1]
+
+
+def _combine(state: Tensor, slopes: list[Tensor], weights: list[float], h: float) -> Tensor:
+    for weight, slope in zip(weights, slopes, strict=True):
+        if weight:
+            state = torch.add(state, slope, alpha=h * weight)
+    return state
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether values of ``x`` are opaque: in a functorch transform or a compiled region."""
+    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)

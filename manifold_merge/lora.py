@@ -1,0 +1,546 @@
+"""Low-rank adapters as points: pairs of factors modulo GL(r)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import geoopt
+import torch
+from geoopt.manifolds.base import ScalingInfo
+from torch import Tensor
+
+from manifold_merge.core import reduce_pairs, truncated_sum
+from manifold_merge.linalg import adjoint
+from manifold_merge.lora_log import (
+    ALIGNED,
+    CHORDAL,
+    EXACT,
+    aligned_representative,
+    chordal_covector,
+    chordal_distance,
+    chordal_log,
+    exact_log_between,
+    full_rank,
+)
+from manifold_merge.lora_metrics import METRICS, Pair
+from manifold_merge.quotient import Gauge, QuotientManifold, squared_distance
+
+__all__ = ["ALIGNED", "CHORDAL", "DISTANCES", "EXACT", "LoRAQuotient"]
+
+DISTANCES = ("exact", "aligned", "chordal")
+
+
+class LoRAQuotient(QuotientManifold):
+    """Pairs (B, A) of rank r modulo (B, A) ~ (B G, G⁻¹A), that is, low-rank products W = B A.
+
+    A point is one stacked tensor X = [B; Aᵀ] of shape ``(..., m + n, r)``, with B ``(..., m, r)``
+    and A ``(..., r, n)`` as PEFT stores them (``lora_B.weight``, ``lora_A.weight``).
+
+    The geometry has three knobs: this manifold, a GL(r)-invariant **metric**, and a **distance**.
+
+    ============== ================================ ===========================================
+    metric         inner product of ξ and η         character
+    ============== ================================ ===========================================
+    ``mixed``      <ξ_B A, η_B A> + <B ξ_A, B η_A>  Riemannian preconditioner of LoRA training
+    ``invariant``  tr Q⁻¹ξ_Bᵀη_B + tr P⁻¹ξ_A η_Aᵀ   scale-free, complete, keeps the rank
+    ``embedded``   <dW, dW'>, dW = ξ_B A + B ξ_A    the matrices of rank r inside all matrices
+    ============== ================================ ===========================================
+
+    with Q = BᵀB and P = A Aᵀ.
+
+    * ``distance="exact"``: the geodesic distance, by shooting. Where shooting does not converge
+      (beyond the injectivity radius) or either point lacks full rank, the chordal construction is
+      used for that element.
+    * ``distance="aligned"``: the closed-form inverse retraction; chordal where it does not exist.
+    * ``distance="chordal"``: |W_x - W_y|_F and the horizontal lift of the projected difference.
+
+    :meth:`log_path` says which construction each element took. No operation returns NaN. A pair
+    without full rank (a fresh adapter has B = 0) is accepted: inverses become pseudo-inverses, so
+    gradients of least norm and chordal distances are defined there, but tangent vectors cannot
+    leave the stratum of that rank through a factor that is zero; ``explain=True`` on
+    ``check_point_on_manifold`` says so.
+
+    Args:
+        out_features: m, rows of B and of W.
+        in_features: n, columns of A and of W.
+        metric: ``"mixed"``, ``"invariant"`` or ``"embedded"``.
+        distance: ``"exact"``, ``"aligned"`` or ``"chordal"``.
+
+    Raises:
+        ValueError: If a size is not positive or a name is unknown; the message lists the names.
+
+    Source: da Silva, Adnan, Dangel and Oore, arXiv:2604.27155; metrics after Mishra, Meyer,
+    Bonnabel and Sepulchre, arXiv:1209.0430, and Vandereycken (2013).
+
+    Example:
+        >>> import torch
+        >>> manifold = LoRAQuotient(6, 5, metric="mixed")
+        >>> B, A = torch.randn(6, 2), torch.randn(2, 5)
+        >>> x = manifold.pack(B, A)
+        >>> G = torch.tensor([[2.0, 1.0], [0.0, 0.5]])
+        >>> y = manifold.pack(B @ G, torch.linalg.inv(G) @ A)  # other numbers, same model
+        >>> bool(manifold.dist(x, y) < 1e-3)
+        True
+    """
+
+    reversible = False
+    __scaling__ = QuotientManifold.__scaling__.copy()
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        metric: str = "mixed",
+        distance: str = "exact",
+    ) -> None:
+        super().__init__(geoopt.Euclidean(ndim=2))
+        if out_features < 1 or in_features < 1:
+            raise ValueError(
+                f"LoRAQuotient needs positive sizes, got out_features={out_features} and "
+                f"in_features={in_features}"
+            )
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
+        if distance not in DISTANCES:
+            raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
+        self.out_features = out_features
+        self.in_features = in_features
+        self.metric = metric
+        self.distance = distance
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Name with the metric, as geoopt's error messages print it."""
+        return f"LoRAQuotient({self.metric})"
+
+    def extra_repr(self) -> str:
+        """Sizes and distance, as ``repr`` shows them."""
+        return f"{self.out_features}, {self.in_features}, distance={self.distance!r}"
+
+    # --- factors ---------------------------------------------------------------------------------
+
+    @__scaling__(ScalingInfo())
+    def pack(self, B: Tensor, A: Tensor) -> Tensor:
+        """Stack the factors of W = B A into a point.
+
+        Args:
+            B: ``(..., m, r)``.
+            A: ``(..., r, n)``.
+
+        Returns:
+            The point [B; Aᵀ], ``(..., m + n, r)``.
+
+        Raises:
+            ValueError: If the shapes do not fit this manifold or each other.
+        """
+        expected = f"B (..., {self.out_features}, r) and A (..., r, {self.in_features})"
+        if (
+            B.ndim < 2
+            or A.ndim < 2
+            or B.shape[-2] != self.out_features
+            or A.shape[-1] != self.in_features
+            or B.shape[-1] != A.shape[-2]
+        ):
+            raise ValueError(
+                f"pack expects {expected} of one rank r; got B {tuple(B.shape)} and "
+                f"A {tuple(A.shape)}"
+            )
+        return torch.cat((B, adjoint(A)), -2)
+
+    @__scaling__(ScalingInfo())
+    def unpack(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Split a point into B ``(..., m, r)`` and A ``(..., r, n)``."""
+        self._assert_check_shape(tuple(x.shape), "x")
+        b, a = self._split(x)
+        return b, adjoint(a)
+
+    @__scaling__(ScalingInfo())
+    def product(self, x: Tensor) -> Tensor:
+        """The model itself, W = B A, ``(..., m, n)``."""
+        b, a = self.unpack(x)
+        return b @ a
+
+    def _split(self, x: Tensor) -> Pair:
+        return x[..., : self.out_features, :], x[..., self.out_features :, :]
+
+    def _join(self, pair: Pair) -> Tensor:
+        return torch.cat(pair, -2)
+
+    # --- Riemannian structure --------------------------------------------------------------------
+
+    def inner(
+        self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
+    ) -> Tensor:
+        """Inner product of tangent vectors at ``x``.
+
+        Args:
+            x: Point, ``(..., m + n, r)``.
+            u: Tangent vector, ``(..., m + n, r)``.
+            v: Tangent vector, ``u`` if not given.
+            keepdim: Keep two trailing dimensions of size 1.
+
+        Returns:
+            The batch shape, or ``(..., 1, 1)``.
+        """
+        v = u if v is None else v
+        value = METRICS[self.metric].inner(self._split(x), self._split(u), self._split(v))
+        return value if keepdim else value[..., 0, 0]
+
+    def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """The whole inner product, broadcast to the shape of a point, ``(..., m + n, r)``.
+
+        An entry-wise second moment would make the step of Riemannian Adam depend on the gauge.
+        """
+        return self.inner(x, u, v, keepdim=True).expand_as(u)
+
+    def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Length of a tangent vector, of the batch shape or ``(..., 1, 1)``."""
+        return self.inner(x, u, keepdim=keepdim).clamp(min=0).sqrt()
+
+    def _horizontal(self, x: Tensor, u: Tensor) -> Tensor:
+        return self._join(METRICS[self.metric].horizontal(self._split(x), self._split(u)))
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Riemannian gradient from the Euclidean one.
+
+        Args:
+            x: Point, ``(..., m + n, r)``.
+            u: Euclidean gradient of a function of W, ``(..., m + n, r)``.
+
+        Returns:
+            The horizontal lift of the gradient, ``(..., m + n, r)``.
+        """
+        return self._join(METRICS[self.metric].gradient(self._split(x), self._split(u)))
+
+    @__scaling__(ScalingInfo(u=-1))
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Retract by addition, x + u, which commutes with every gauge, ``(..., m + n, r)``."""
+        return x + u
+
+    @__scaling__(ScalingInfo(u=-1))
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Geodesic from ``x`` along the horizontal vector ``u``, at time 1.
+
+        Closed form for ``invariant``; integrated for ``mixed`` and ``embedded``, whose geodesics
+        may end at a matrix of lower rank: beyond such an end the retraction is returned.
+
+        Args:
+            x: Point, ``(..., m + n, r)``.
+            u: Tangent vector, ``(..., m + n, r)``.
+
+        Returns:
+            Point, ``(..., m + n, r)``, in the gauge that stays horizontal along the geodesic.
+        """
+        x, u = torch.broadcast_tensors(x, u)
+        end = self._join(METRICS[self.metric].exponential(self._split(x), self._split(u)))
+        finite = end.isfinite().all(-1).all(-1)[..., None, None]
+        return torch.where(finite, end, x + u)
+
+    @__scaling__(ScalingInfo(1))
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        """Horizontal vector at ``x`` that points to the class of ``y``.
+
+        ``distance`` decides how it is found; only ``aligned`` and ``chordal`` are differentiable.
+
+        Args:
+            x: Point, ``(..., m + n, r)``.
+            y: Point, ``(..., m + n, r)``.
+
+        Returns:
+            Tangent vector, ``(..., m + n, r)``.
+        """
+        return self._log(x, y)[0]
+
+    @__scaling__(ScalingInfo())
+    def log_path(self, x: Tensor, y: Tensor) -> Tensor:
+        """Which construction :meth:`logmap` takes: ``EXACT``, ``ALIGNED`` or ``CHORDAL``.
+
+        Args:
+            x: Point, ``(..., m + n, r)``.
+            y: Point, ``(..., m + n, r)``.
+
+        Returns:
+            Integer codes of the batch shape.
+        """
+        return self._log(x, y)[1]
+
+    @__scaling__(ScalingInfo(1))
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Distance between the products of ``x`` and ``y``, of the batch shape."""
+        squared = self.dist2(x, y, keepdim=keepdim)
+        positive = squared > 0
+        # The root has an infinite slope at zero; its subgradient there is taken to be zero.
+        return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
+
+    @__scaling__(ScalingInfo(2))
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Squared distance, of the batch shape; its gradient is -2 times the logarithm."""
+        self._assert_check_shape(tuple(x.shape), "x")
+        self._assert_check_shape(tuple(y.shape), "y")
+        if self.distance == "aligned":
+            squared = self._dist2_logmap(x, y)[0]
+        else:
+            squared = squared_distance(self, x, y)
+        return squared[..., None, None] if keepdim else squared
+
+    @__scaling__(ScalingInfo(2, -1))
+    def dist2_logmap(
+        self, x: Tensor, y: Tensor, *, guess: Tensor | None = None, precise: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Squared distance ``(...)`` and logarithm ``(..., m + n, r)`` in one computation.
+
+        Args:
+            x: Point, ``(..., m + n, r)``.
+            y: Point, ``(..., m + n, r)``.
+            guess: Approximate logarithm from which shooting starts.
+            precise: With ``False``, exact logarithms have about 5 digits at a fraction of the cost.
+        """
+        return self._dist2_logmap(x, y, guess, precise)
+
+    def _dist2_logmap(
+        self, x: Tensor, y: Tensor, guess: Tensor | None = None, precise: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        x, y = _broadcast(x, y)
+        u, path = self._log(x, y, guess, precise)
+        if self.distance == "chordal":
+            return chordal_distance(self._split(x), self._split(y)) ** 2, u
+        squared = self.inner(x, u)
+        if self.distance == "aligned":  # symmetric in x and y
+            squared = 0.5 * (squared + self.inner(y, self._log(y, x)[0]))
+        elif self.metric != "invariant" and bool((path == CHORDAL).any()):
+            chord = chordal_distance(self._split(x), self._split(y)) ** 2
+            squared = torch.where(path == CHORDAL, chord, squared)
+        return squared, u
+
+    def _dist2_covector(self, x: Tensor, y: Tensor) -> Tensor:
+        chord = self._join(chordal_covector(self._split(x), self._split(y)))
+        if self.distance == "chordal":
+            return chord
+        u, path = self._log(x, y)
+        exact = self._join(METRICS[self.metric].covector(self._split(x), self._split(u)))
+        return torch.where((path == CHORDAL)[..., None, None], chord, exact)
+
+    def _log(
+        self, x: Tensor, y: Tensor, guess: Tensor | None = None, precise: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Logarithm and path code, with the far and deficient cases sorted out."""
+        x, y = _broadcast(x, y)
+        metric, px, py = METRICS[self.metric], self._split(x), self._split(y)
+        u = self._join(chordal_log(metric, px, py))
+        path = torch.full(x.shape[:-2], CHORDAL, device=x.device)
+        if x.shape[-1] != y.shape[-1]:
+            return u, path
+        if self.distance == "aligned":
+            aligned, good = aligned_representative(metric, px, py)
+            good = good & (full_rank(px) & full_rank(py))
+            difference = metric.horizontal(px, (aligned[0] - px[0], aligned[1] - px[1]))
+            u = torch.where(good[..., None, None], self._join(difference), u)
+            path = torch.where(good, ALIGNED, path)
+        elif self.distance == "exact":
+            exact, good = self._exact_log(x, y, guess, precise)
+            u = torch.where(good[..., None, None], exact, u)
+            path = torch.where(good, EXACT, path)
+        return u, path
+
+    @torch.no_grad()
+    def _exact_log(
+        self, x: Tensor, y: Tensor, guess: Tensor | None, precise: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Shooting on a flat batch in float64; says where it succeeded."""
+        flat = [z.reshape(-1, *x.shape[-2:]) for z in (x, y)]
+        # Geodesics need more digits than float32 has if their errors are not to add up.
+        work = x.dtype if x.device.type == "mps" else torch.float64
+        px, py = (self._split(z.to(work)) for z in flat)
+        start = None if guess is None else self._split(guess.reshape(flat[0].shape).to(work))
+        pair, good = exact_log_between(METRICS[self.metric], px, py, guess=start, precise=precise)
+        return self._join(pair).to(x.dtype).reshape(x.shape), good.reshape(x.shape[:-2])
+
+    # --- quotient structure ----------------------------------------------------------------------
+
+    def _align(self, x: Tensor, y: Tensor) -> Tensor:
+        """The representative of y whose difference from x is horizontal; else the nearest chord."""
+        x, y = torch.broadcast_tensors(x, y)
+        aligned, good = aligned_representative(METRICS[self.metric], self._split(x), self._split(y))
+        return torch.where(good[..., None, None], self._join(aligned), y)
+
+    @__scaling__(ScalingInfo())
+    def random_gauge(
+        self, x: Tensor, *, generator: torch.Generator | None = None, condition: float = 10.0
+    ) -> Gauge:
+        """Draw G in GL(r) and return its action, X = [B; Aᵀ] -> [B G; Aᵀ G⁻ᵀ].
+
+        Args:
+            x: Point, ``(..., m + n, r)``.
+            generator: Source of randomness.
+            condition: Condition number of each G.
+
+        Returns:
+            A function from ``(..., m + n, r)`` to ``(..., m + n, r)``.
+        """
+        r = x.shape[-1]
+        like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
+        left, right = (
+            torch.linalg.qr(torch.randn(*x.shape[:-2], r, r, generator=generator, **like))[0]
+            for _ in range(2)
+        )
+        spread = torch.logspace(-0.5, 0.5, r, base=condition, **like)
+        gauge = left * spread @ right
+        inverse_adjoint = left / spread @ right
+        return lambda z: self._join(
+            (self._split(z)[0] @ gauge, self._split(z)[1] @ inverse_adjoint)
+        )
+
+    @__scaling__(ScalingInfo())
+    def random_vertical(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draw M and return the vertical vector [B M; -Aᵀ Mᵀ], ``(..., m + n, r)``."""
+        r = x.shape[-1]
+        m = torch.randn(*x.shape[:-2], r, r, generator=generator, dtype=x.dtype, device=x.device)
+        b, a = self._split(x)
+        return self._join((b @ m, -a @ adjoint(m)))
+
+    # --- points ----------------------------------------------------------------------------------
+
+    def projx(self, x: Tensor) -> Tensor:
+        """Return a finite array as it is: pairs are an open set, and gauges must not move."""
+        return x
+
+    @__scaling__(ScalingInfo())
+    def random(
+        self, *size: int, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any
+    ) -> geoopt.ManifoldTensor:
+        """Draw factors with independent entries, W having entries of variance 1.
+
+        Args:
+            size: Shape of the point, ``(..., m + n, r)``.
+            dtype: Floating-point type.
+            device: Device.
+            kwargs: ``generator``, a source of randomness.
+
+        Returns:
+            A point, ``(..., m + n, r)``.
+        """
+        shape = geoopt.utils.size2shape(*size)
+        self._assert_check_shape(shape, "x")
+        x = torch.randn(shape, dtype=dtype, device=device, **kwargs) / shape[-1] ** 0.25
+        return geoopt.ManifoldTensor(x, manifold=self)
+
+    @__scaling__(ScalingInfo())
+    def origin(
+        self,
+        *size: int,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        seed: int | None = 42,
+    ) -> geoopt.ManifoldTensor:
+        """The partial identity W = I_r, a fixed point of the right shape, ``(..., m + n, r)``."""
+        shape = geoopt.utils.size2shape(*size)
+        self._assert_check_shape(shape, "x")
+        r = shape[-1]
+        b, a = (
+            torch.eye(k, r, dtype=dtype, device=device)
+            for k in (self.out_features, self.in_features)
+        )
+        return geoopt.ManifoldTensor(self._join((b, a)).expand(shape).clone(), manifold=self)
+
+    def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
+        m, n = self.out_features, self.in_features
+        if len(shape) < 2 or shape[-2] != m + n:
+            return False, f"`{name}` should have shape (..., {m} + {n}, r), got {tuple(shape)}"
+        if not 1 <= shape[-1] <= min(m, n):
+            return False, f"`{name}` should have rank 1 <= r <= {min(m, n)}, got r = {shape[-1]}"
+        return True, None
+
+    def _check_point_on_manifold(
+        self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        if not bool(x.isfinite().all()):
+            return False, f"`x` has {int((~x.isfinite()).sum())} entries that are not finite"
+        full = full_rank(self._split(x))
+        if not bool(full.all()):
+            return False, (
+                f"{int((~full).sum())} of {full.numel()} pairs have a product of rank below "
+                f"{x.shape[-1]} (a freshly initialised adapter has B = 0): exact and aligned "
+                "distances are replaced by chordal ones there"
+            )
+        return True, None
+
+    # --- what a Fréchet mean may use -------------------------------------------------------------
+
+    path_names: ClassVar[dict[int, str]] = {EXACT: "exact", ALIGNED: "aligned", CHORDAL: "chordal"}
+
+    def reduce(
+        self, points: Sequence[Tensor], *, rank: int | None = None
+    ) -> tuple[LoRAQuotient, Tensor, Callable[[Tensor], Tensor]]:
+        """Restrict points exactly to the subspace that they span (:mod:`manifold_merge.core`).
+
+        Args:
+            points: Points ``(..., m + n, r_i)`` of one batch shape; ranks may differ.
+            rank: Rank of the mean, the greatest of the r_i if ``None``.
+
+        Returns:
+            A manifold of size K_B x K_A with K <= Σ r_i; the points on it, balanced and padded
+            with zero columns to one rank, ``(k, ..., K_B + K_A, r)``; and a function that takes
+            points ``(..., K_B + K_A, r)`` back to ``(..., m + n, r)``.
+
+        Raises:
+            ValueError: If the rank is not between 1 and min(m, n).
+        """
+        width = max(x.shape[-1] for x in points)
+        limit = min(self.out_features, self.in_features)
+        if rank is not None and not 1 <= rank <= limit:
+            raise ValueError(f"rank: expected 1 <= rank <= {limit} = min(m, n), got {rank}")
+        pairs = [self._split(x) for x in points]
+        b, a, rows, columns = reduce_pairs(pairs, max(width, rank or 0))
+        reduced = LoRAQuotient(rows.dimension, columns.dimension, self.metric, self.distance)
+
+        def restore(x: Tensor) -> Tensor:
+            b, a = reduced._split(x)
+            return self._join((rows.expand(b), columns.expand(a)))
+
+        return reduced, self._join((b, a)), restore
+
+    @property
+    def log_is_gradient(self) -> bool:  # type: ignore[override]
+        """Whether logmap is the gradient of -½ d²; not for aligned representatives."""
+        return self.distance != "aligned"
+
+    @property
+    def has_closed_form_mean(self) -> bool:  # type: ignore[override]
+        """Whether the mean is a truncated singular value decomposition: for chordal distances."""
+        return self.distance == "chordal"
+
+    def closed_form_mean(self, points: Tensor, weights: Tensor, rank: int | None = None) -> Tensor:
+        """Best approximation of Σ wᵢ Wᵢ by a matrix of the given rank (Eckart and Young 1936).
+
+        This is the Fréchet mean for the chordal distance, what PEFT calls ``svd``, and the start
+        for the other distances.
+
+        Args:
+            points: Points ``(k, ..., m + n, r)``.
+            weights: ``(k, ...)``; neither their signs nor their sum matter here.
+            rank: Rank of the result, r if ``None``.
+
+        Returns:
+            The balanced mean, ``(..., m + n, rank)``, with zero columns beyond its own rank.
+        """
+        rank = points.shape[-1] if rank is None else rank
+        return self._join(truncated_sum([self._split(x) for x in points], weights, rank))
+
+    def start_mean(self, points: Tensor, weights: Tensor, rank: int | None = None) -> Tensor:
+        """The chordal mean, ``(..., m + n, rank)``: it treats all anchors alike."""
+        return self.closed_form_mean(points, weights, rank)
+
+    def relative_difference(self, x: Tensor, y: Tensor) -> Tensor:
+        """|W_x - W_y| / |W_x| of the batch shape."""
+        px, py = self._split(x), self._split(y)
+        zero = (torch.zeros_like(px[0]), torch.zeros_like(px[1]))
+        return chordal_distance(px, py) / chordal_distance(px, zero).clamp(
+            min=torch.finfo(x.dtype).tiny
+        )
+
+
+def _broadcast(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Broadcast the batch dimensions; the ranks may differ."""
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    return x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])

@@ -1,0 +1,517 @@
+"""Merge LoRA adapter folders into one, as a Fréchet mean, without the base model."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import fnmatch
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from manifold_merge._version import __version__
+from manifold_merge.adapter_sets import (
+    ModuleGroup,
+    check_compatible,
+    group_modules,
+    module_coverage,
+)
+from manifold_merge.adapter_writer import check_adapter_output, write_adapter
+from manifold_merge.adapters import Adapter
+from manifold_merge.frechet import frechet_mean, normalized_weights
+from manifold_merge.lift import lifted_mean, pairwise_cosines
+from manifold_merge.lora import DISTANCES, LoRAQuotient
+from manifold_merge.lora_metrics import METRICS
+from manifold_merge.model_card import model_card
+from manifold_merge.solution import FrechetSolution, Status
+
+__all__ = ["GEOMETRIES", "AdapterMerge", "merge_adapters"]
+
+logger = logging.getLogger(__name__)
+
+GEOMETRIES = ("auto", "lifted", *METRICS, "polar")
+# Adapters whose updates have at least this cosine on average are taken for variants of one task.
+CLOSE_COSINE = 0.5
+# Modules in which closeness is measured; more change the average by little and cost a read.
+CLOSENESS_SAMPLE = 32
+# Bytes of factors that are worked on at a time.
+DEFAULT_BUDGET = 256 * 2**20
+
+Path_ = str | os.PathLike[str]
+Factors = tuple[Tensor, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterMerge:
+    """What a merge produced.
+
+    Attributes:
+        recipe: The exact recipe: inputs, weights, geometry, distance, rank, scale and why.
+        closeness: Mean pairwise cosine of the adapters' updates.
+        modules: Merged factors by module name, B ``(m, R)`` and A ``(R, n)``; empty if the result
+            was written to a folder.
+        extras: Merged biases and fully trained modules by name.
+        modules_merged: How many modules were merged.
+        status: How many modules ended in which :class:`~manifold_merge.frechet.Status`.
+        paths: How many logarithms were found in which way; empty for closed forms.
+        gauge_residual: Largest relative change of a module under random gauges, if asked for.
+        output: The folder that was written.
+    """
+
+    recipe: dict[str, Any]
+    closeness: float
+    modules: dict[str, Factors]
+    extras: dict[str, Tensor]
+    modules_merged: int
+    status: dict[str, int]
+    paths: dict[str, int]
+    gauge_residual: float | None
+    output: Path | None
+
+
+def merge_adapters(
+    adapters: Sequence[Path_ | Adapter],
+    output: Path_ | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    layer_weights: Mapping[str, Sequence[float]] | None = None,
+    geometry: str = "auto",
+    distance: str | None = None,
+    rank: int | str | None = None,
+    scale: float = 1.0,
+    p: int = 2,
+    sum: bool = False,
+    missing: str = "zero",
+    extras: str = "mean",
+    allow_different_base: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    overwrite: bool = False,
+    gauge_check: bool = False,
+    max_bytes: int = DEFAULT_BUDGET,
+    progress: Callable[[int, int], None] | None = None,
+) -> AdapterMerge:
+    """Merge LoRA adapters of one base model as a Fréchet mean; the base model is not needed.
+
+    Args:
+        adapters: Folders in PEFT's format, or opened :class:`Adapter` objects, at least one.
+        output: Folder to write, which ``PeftModel.from_pretrained`` loads. If ``None``, the factors
+            are returned instead.
+        weights: One weight for each adapter; divided by their sum. Equal if ``None``.
+        layer_weights: Weights for modules whose name matches a shell pattern, such as
+            ``{"*.layer.0.*": [1, 0, 0]}``; the first matching pattern counts.
+        geometry: ``"lifted"`` (:func:`~manifold_merge.lift.lifted_mean`, for different tasks),
+            a metric of :class:`~manifold_merge.lora.LoRAQuotient` (``"mixed"``, ``"invariant"``,
+            ``"embedded"``, for variants of one task), ``"polar"``, or ``"auto"``: by the closeness
+            of the adapters, ``"mixed"`` from a mean cosine of 0.5 on, else ``"lifted"``.
+        distance: ``"exact"``, ``"aligned"`` or ``"chordal"``; not for ``"lifted"``. Default:
+            ``"exact"`` for close adapters and ``"chordal"`` for others.
+        rank: Rank of the result, an integer or ``"full"`` (the sum of the ranks). Default: full
+            for ``"lifted"``, else the greatest of the adapters' ranks in that module.
+        scale: Factor on the merged update.
+        p: 2 for the mean, 1 for the geometric median, which a corrupted adapter cannot move far.
+        sum: Return Σ wᵢ Wᵢ with weights as they are, negative ones included. That is not a mean:
+            only the chordal geometry has it.
+        missing: What a module that some adapters lack means: ``"zero"``, a zero update, as the
+            model computes; ``"present"``, the mean over the adapters that have it; ``"error"``.
+        extras: ``"mean"`` averages biases and fully trained modules; ``"drop"`` leaves them out.
+        allow_different_base: Accept adapters that name different base models.
+        dtype: Type of the written tensors; the widest of the inputs if ``None``.
+        device: Where to compute; CPU if ``None``.
+        overwrite: Replace an existing adapter folder.
+        gauge_check: Merge again from random gauges of each adapter and report the difference.
+        max_bytes: Bytes of factors worked on at a time; more is faster on small modules.
+        progress: Called with the number of modules done and in all.
+
+    Returns:
+        The merged factors or the folder, with the recipe.
+
+    Raises:
+        FileNotFoundError: A folder or file is missing.
+        AdapterError: An adapter is damaged, of an unsupported kind, or does not fit the others.
+        FileExistsError: The output exists; pass ``overwrite=True``.
+        ValueError: An option is unknown or contradicts another; the message says which.
+
+    Example:
+        >>> import json, tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> def adapter(seed):
+        ...     folder = Path(tempfile.mkdtemp())
+        ...     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+        ...     _ = (folder / "adapter_config.json").write_text(json.dumps(config))
+        ...     g = torch.Generator().manual_seed(seed)
+        ...     save_file({"base_model.model.q.lora_A.weight": torch.randn(1, 8, generator=g),
+        ...                "base_model.model.q.lora_B.weight": torch.randn(8, 1, generator=g)},
+        ...               folder / "adapter_model.safetensors")
+        ...     return folder
+        >>> merged = merge_adapters([adapter(0), adapter(1)])
+        >>> merged.recipe["geometry"], merged.modules["q"][0].shape
+        ('lifted', torch.Size([8, 2]))
+    """
+    opened = [x if isinstance(x, Adapter) else Adapter(x) for x in adapters]
+    plan = _Plan.make(
+        opened, weights=weights, layer_weights=layer_weights, geometry=geometry,
+        distance=distance, rank=rank, scale=scale, p=p, sum=sum, missing=missing, extras=extras,
+        device=device, gauge_check=gauge_check, max_bytes=max_bytes,
+    )  # fmt: skip
+    check_compatible(
+        opened,
+        allow_different_base=allow_different_base,
+        missing=missing,  # type: ignore[arg-type]
+        extras=extras,  # type: ignore[arg-type]
+    )
+    if output is not None:
+        check_adapter_output(output, like=opened, overwrite=overwrite)
+    for adapter in opened:
+        adapter.validate()
+        adapter.release()
+    plan.decide()
+
+    merged_extras = plan.merge_extras()
+    total = len(module_coverage(opened))
+    tally = _Tally()
+    factors = plan.merge_modules(tally, total, progress)
+    if output is None:
+        modules, folder = dict(factors), None
+        if dtype is not None:
+            modules = {k: (b.to(dtype), a.to(dtype)) for k, (b, a) in modules.items()}
+    else:
+        modules = {}
+        folder = write_adapter(
+            output, factors, like=opened, extras=merged_extras, dtype=dtype,
+            model_card=model_card(plan.recipe, opened), overwrite=overwrite,
+        )  # fmt: skip
+    if any(count for status, count in tally.status.items() if status != Status.CONVERGED):
+        logger.warning(
+            "merge: %d of %d modules did not converge; see AdapterMerge.status",
+            total - tally.status[Status.CONVERGED],
+            total,
+        )
+    return AdapterMerge(
+        recipe=plan.recipe,
+        closeness=plan.closeness,
+        modules=modules,
+        extras=merged_extras,
+        modules_merged=total,
+        status={Status(k).name.lower(): v for k, v in sorted(tally.status.items())},
+        paths=dict(tally.paths),
+        gauge_residual=tally.gauge_residual,
+        output=folder,
+    )
+
+
+@dataclasses.dataclass
+class _Tally:
+    """Certificates of all modules, added up."""
+
+    status: Counter[int] = dataclasses.field(default_factory=Counter)
+    paths: Counter[str] = dataclasses.field(default_factory=Counter)
+    gauge_residual: float | None = None
+
+    def add(self, solution: FrechetSolution) -> None:
+        self.status.update(solution.status.flatten().tolist())
+        self.paths.update(solution.paths)
+        if solution.gauge_residual is not None:
+            worst = float(solution.gauge_residual.max())
+            self.gauge_residual = max(self.gauge_residual or 0.0, worst)
+
+
+@dataclasses.dataclass
+class _Plan:
+    """A checked request, and how each group of modules is merged."""
+
+    adapters: list[Adapter]
+    weights: list[float]
+    layer_weights: dict[str, list[float]]
+    geometry: str
+    distance: str | None
+    rank: int | str | None
+    scale: float
+    p: int
+    sum: bool
+    missing: str
+    extras: str
+    device: torch.device
+    gauge_check: bool
+    max_bytes: int
+    closeness: float = float("nan")
+    reason: str = ""
+
+    @classmethod
+    def make(cls, adapters: list[Adapter], **options: Any) -> _Plan:
+        count = len(adapters)
+        if not count:
+            raise ValueError("adapters is empty; give at least one folder")
+        geometry, distance, rank = (options[k] for k in ("geometry", "distance", "rank"))
+        if geometry not in GEOMETRIES:
+            raise ValueError(f"geometry must be one of {', '.join(GEOMETRIES)}; got {geometry!r}")
+        if distance is not None and distance not in DISTANCES:
+            raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
+        if geometry == "lifted" and distance is not None:
+            raise ValueError(
+                f"distance={distance!r}: geometry='lifted' brings its own distance; leave it out"
+            )
+        if not (rank is None or rank == "full" or (isinstance(rank, int) and rank >= 1)):
+            raise ValueError(f"rank: expected a positive integer or 'full', got {rank!r}")
+        if options["p"] not in (1, 2):
+            raise ValueError(f"p must be 2 (mean) or 1 (median); got {options['p']!r}")
+        if not torch.isfinite(torch.tensor(float(options["scale"]))):
+            raise ValueError(f"scale: expected a finite number, got {options['scale']!r}")
+        weights = options.pop("weights")
+        options["layer_weights"] = dict(options["layer_weights"] or {})
+        chordal = options["sum"] or distance == "chordal"
+        for what, given in [("weights", weights), *options["layer_weights"].items()]:
+            if given is not None:
+                _check_weights(what, given, count, chordal=chordal, sum=options["sum"])
+        if options["sum"]:
+            if distance not in (None, "chordal") or geometry in ("lifted", "polar"):
+                raise ValueError(
+                    "sum=True: a sum is the solution of the chordal geometry only; leave "
+                    "geometry and distance out, or give distance='chordal'"
+                )
+            if options["p"] == 1:
+                raise ValueError("sum=True and p=1 contradict each other: a median is not a sum")
+        device = options.pop("device")
+        wants_cuda = device is not None and torch.device(device).type == "cuda"
+        if wants_cuda and not torch.cuda.is_available():
+            raise ValueError(f"device={device!r}: no CUDA device is available here")
+        return cls(
+            adapters,
+            [1.0] * count if weights is None else [float(w) for w in weights],
+            device=torch.device(device or "cpu"),
+            **options,
+        )
+
+    # --- the decision ----------------------------------------------------------------------------
+
+    def decide(self) -> None:
+        """Measure closeness and settle geometry and distance."""
+        self.closeness = self._closeness() if len(self.adapters) > 1 else 1.0
+        close = self.closeness >= CLOSE_COSINE
+        said = f"mean pairwise cosine {self.closeness:.2f}"
+        if self.sum:
+            self.geometry, self.distance = "embedded", "chordal"
+            self.reason = "sum"
+        elif self.geometry == "auto":
+            if close or self.distance is not None:
+                self.geometry = "mixed"
+                self.reason = f"{said}: variants of one task" if close else "distance was given"
+            else:
+                self.geometry = "lifted"
+                self.reason = f"{said}: different tasks"
+            if self.p == 1 and self.geometry == "lifted":
+                self.geometry, self.reason = "embedded", f"{said}, median"
+        else:
+            self.reason = "given"
+        if self.p == 1 and self.geometry == "lifted":
+            raise ValueError("p=1: geometry='lifted' has a mean only; use geometry='embedded'")
+        if self.distance is None and self.geometry != "lifted":
+            self.distance = "exact" if close else "chordal"
+        logger.info("geometry %s (%s)", self.geometry, self.reason)
+
+    def _closeness(self) -> float:
+        groups = group_modules(self.adapters)
+        names = [(group, name) for group in groups for name in group.names]
+        step = max(1, len(names) // CLOSENESS_SAMPLE)
+        cosines = []
+        for group, name in names[::step]:
+            present = [i for i, r in enumerate(group.ranks) if r]
+            if len(present) < 2:
+                continue
+            manifold = LoRAQuotient(group.out_features, group.in_features)
+            points = [self._points(self.adapters[i], group, [name], manifold) for i in present]
+            table = pairwise_cosines(manifold, points)[..., 0]
+            off = ~torch.eye(len(present), dtype=torch.bool, device=table.device)
+            cosines.append(float(table[off].mean()))
+        return builtins.sum(cosines) / len(cosines) if cosines else 0.0
+
+    # --- modules ---------------------------------------------------------------------------------
+
+    def merge_modules(
+        self, tally: _Tally, total: int, progress: Callable[[int, int], None] | None
+    ) -> Iterator[tuple[str, Factors]]:
+        done = 0
+        for group in group_modules(self.adapters):
+            for names, weights in self._chunks(group):
+                manifold, solution = self._merge_chunk(group, names, weights)
+                tally.add(solution)
+                b, a = manifold.unpack(solution.point)
+                for i, name in enumerate(names):
+                    yield name, (b[i] * self.scale, a[i])
+                for adapter in self.adapters:
+                    adapter.release()
+                done += len(names)
+                if progress is not None:
+                    progress(done, total)
+
+    def _chunks(self, group: ModuleGroup) -> Iterator[tuple[list[str], list[float]]]:
+        """Modules of one group that fit into the budget and share their weights."""
+        # Stored factors, their float64 copies, Gram matrices and the result.
+        width = builtins.sum(group.ranks)
+        bytes_each = 24 * (group.out_features + group.in_features) * width + 64 * width**2
+        limit = max(1, self.max_bytes // max(bytes_each, 1))
+        by_weights: dict[tuple[float, ...], list[str]] = {}
+        for name in group.names:
+            by_weights.setdefault(tuple(self._weights_of(name)), []).append(name)
+        for weights, names in by_weights.items():
+            for i in range(0, len(names), limit):
+                yield names[i : i + limit], list(weights)
+
+    def _weights_of(self, name: str) -> list[float]:
+        for pattern, weights in self.layer_weights.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return [float(w) for w in weights]
+        return self.weights
+
+    def _merge_chunk(
+        self, group: ModuleGroup, names: list[str], weights: list[float]
+    ) -> tuple[Any, FrechetSolution]:
+        m, n = group.out_features, group.in_features
+        present = [i for i, r in enumerate(group.ranks) if r]
+        manifold = self._manifold(m, n)
+        points = [self._points(self.adapters[i], group, names, manifold) for i in present]
+        used = [weights[i] for i in present]
+        absent = [w for i, w in enumerate(weights) if i not in present]
+        if absent and self.missing == "zero":
+            points.append(torch.zeros_like(points[0]))
+            used.append(builtins.sum(absent))
+        limit = min(m, n)
+        rank: int | None = None if isinstance(self.rank, str) else self.rank
+        if self.rank == "full":
+            rank = min(builtins.sum(group.ranks), limit)
+        rank = None if rank is None else min(rank, limit)
+        return manifold, self._solve(manifold, points, used, rank)
+
+    def _solve(
+        self, manifold: Any, points: list[Tensor], weights: list[float], rank: int | None
+    ) -> FrechetSolution:
+        def solve(anchors: list[Tensor]) -> FrechetSolution:
+            if self.sum:
+                return _weighted_sum(manifold, anchors, weights, rank)
+            if self.geometry == "lifted":
+                return lifted_mean(manifold, anchors, weights, rank=rank)
+            return frechet_mean(manifold, anchors, weights, p=self.p, rank=rank)
+
+        if not any(weights) and not self.sum:
+            weights[:] = [1.0] * len(weights)  # all weight lies on adapters without this module
+            points[:] = [torch.zeros_like(x) for x in points]
+        solution = solve(points)
+        if self.gauge_check:
+            generator = torch.Generator(device=points[0].device).manual_seed(0)
+            moved = [
+                manifold.random_representative(x, generator=generator, condition=100.0)
+                for x in points
+            ]
+            residual = manifold.relative_difference(solution.point, solve(moved).point)
+            solution = dataclasses.replace(solution, gauge_residual=residual)
+        return solution
+
+    def _manifold(self, m: int, n: int) -> Any:
+        if self.geometry == "polar":
+            from manifold_merge.polar import PolarLoRAQuotient
+
+            return PolarLoRAQuotient(m, n, distance=self.distance or "chordal")
+        if self.geometry == "lifted":
+            return LoRAQuotient(m, n)
+        return LoRAQuotient(m, n, metric=self.geometry, distance=self.distance or "chordal")
+
+    def _points(
+        self, adapter: Adapter, group: ModuleGroup, names: Sequence[str], manifold: Any
+    ) -> Tensor:
+        pairs = [adapter.factors(name, device=self.device) for name in names]
+        factors = torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
+        points: Tensor = manifold.pack(*factors)
+        return points
+
+    # --- extras and the card ---------------------------------------------------------------------
+
+    def merge_extras(self) -> dict[str, Tensor]:
+        if self.extras == "drop":
+            return {}
+        merged = {}
+        for name in sorted({name for adapter in self.adapters for name in adapter.extras}):
+            having = [a for a in self.adapters if name in a.extras]
+            extra = having[0].extras[name]
+            if self.sum and extra.replaces_base:
+                raise ValueError(
+                    f"sum=True: {extra.kind} tensor {name!r} replaces one of the base model, and a "
+                    "sum of whole tensors has no meaning; pass extras='drop', or use a mean"
+                )
+            values, weights = [], []
+            for adapter, weight in zip(self.adapters, self._weights_of(name), strict=True):
+                if name in adapter.extras:
+                    values.append(adapter.extra(name, device=self.device).double().cpu())
+                elif self.missing == "zero":
+                    values.append(torch.zeros(extra.shape, dtype=torch.float64))
+                else:
+                    continue
+                weights.append(weight)
+            stacked = torch.stack(values)
+            if self.sum:
+                mean = torch.einsum("k...,k->...", stacked, stacked.new_tensor(weights))
+            else:
+                euclidean = geoopt.Euclidean(ndim=stacked.ndim - 1)
+                mean = frechet_mean(euclidean, stacked, weights, p=self.p).point
+            merged[name] = mean * (1.0 if extra.replaces_base else self.scale)
+        return merged
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        shown = self.weights
+        if not self.sum:
+            like = torch.zeros(1, dtype=torch.float64)
+            shown = normalized_weights(
+                self.weights, len(self.weights), like=like, negative=True
+            ).tolist()
+        return {
+            "manifold_merge": __version__,
+            "adapters": [a.path.resolve().name for a in self.adapters],
+            "weights": shown,
+            "layer_weights": self.layer_weights,
+            "geometry": self.geometry,
+            "distance": self.distance,
+            "chosen_because": self.reason,
+            "closeness": self.closeness,
+            "rank": self.rank or ("full" if self.geometry == "lifted" else "greatest of inputs"),
+            "scale": self.scale,
+            "p": self.p,
+            "sum": self.sum,
+            "missing": self.missing,
+            "extras": self.extras,
+        }
+
+
+def _weighted_sum(
+    manifold: LoRAQuotient, points: list[Tensor], weights: list[float], rank: int | None
+) -> FrechetSolution:
+    """Σ wᵢ Wᵢ at the given rank: the chordal solution without its normalisation."""
+    reduced, anchors, restore = manifold.reduce(points, rank=rank)
+    w = anchors.new_tensor(weights).reshape(-1, *(1,) * (anchors.ndim - 3))
+    w = w.expand(anchors.shape[:-2])
+    point = restore(reduced.closed_form_mean(anchors, w, rank))
+    zero = torch.zeros(point.shape[:-2], dtype=anchors.dtype, device=anchors.device)
+    status = torch.zeros_like(zero, dtype=torch.long)
+    return FrechetSolution(point, zero, zero, status, status, w, "sum")
+
+
+def _check_weights(
+    what: str, given: Sequence[float], count: int, *, chordal: bool, sum: bool
+) -> None:
+    where = "weights" if what == "weights" else f"layer_weights[{what!r}]"
+    if len(given) != count:
+        raise ValueError(f"{where}: expected {count}, one for each adapter; got {len(given)}")
+    try:
+        if sum:
+            if not torch.tensor([float(w) for w in given]).isfinite().all():
+                raise ValueError(f"weights: expected finite numbers, got {list(given)}")
+            return
+        normalized_weights(given, count, like=torch.zeros(1).double(), negative=chordal)
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('weights: ')}") from error

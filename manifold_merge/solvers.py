@@ -1,0 +1,265 @@
+"""Solvers of the Fréchet problem on a flat batch: closed forms and Karcher's iteration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from manifold_merge.quotient import QuotientManifold
+from manifold_merge.solution import FrechetSolution, Status
+
+__all__ = ["Problem", "closed_form_of"]
+
+MAX_HALVINGS = 12
+# Relative gradient norm down to which rough logarithms serve.
+ROUGH = 1e-3
+
+
+def closed_form_of(manifold: geoopt.Manifold) -> Callable[..., Tensor] | None:
+    """The function (points, weights, rank) -> mean, where the manifold has one."""
+    if isinstance(manifold, geoopt.Euclidean):
+        return lambda points, weights, rank: (_spread(weights, points) * points).sum(0)
+    if isinstance(manifold, QuotientManifold) and manifold.has_closed_form_mean:
+        return manifold.closed_form_mean
+    return None
+
+
+def _spread(weights: Tensor, points: Tensor) -> Tensor:
+    """Append dimensions of size 1 until ``weights`` broadcasts against ``points``."""
+    return weights.reshape((*weights.shape, *(1,) * (points.ndim - weights.ndim)))
+
+
+@dataclasses.dataclass
+class _State:
+    """One iterate of some batch elements: point, objective, gradient norm and step direction."""
+
+    point: Tensor
+    objective: Tensor
+    gradient_norm: Tensor
+    direction: Tensor
+    scale: Tensor  # root mean squared distance of the anchors: the yardstick of the tolerance
+    logs: Tensor  # (L, k, *point), the logarithms that the direction was made of
+
+    def rows(self, index: Tensor) -> _State:
+        return _State(*(value[index] for value in vars(self).values()))
+
+    def put(self, index: Tensor, other: _State) -> None:
+        for name, value in vars(other).items():
+            getattr(self, name)[index] = value
+
+
+@dataclasses.dataclass
+class Problem:
+    """Anchors ``(k, L, *point)`` with weights ``(k, L)``: L means solved side by side."""
+
+    manifold: Any
+    points: Tensor
+    weights: Tensor
+    p: int
+    rank: int | None
+    tolerance: float
+    max_iterations: int
+
+    def evaluate(
+        self,
+        x: Tensor,
+        rows: Tensor | None = None,
+        guess: Tensor | None = None,
+        precise: bool = True,
+    ) -> _State:
+        """Objective and descent direction at ``x``, ``(L', *point)``, of the elements ``rows``."""
+        weights = self.weights if rows is None else self.weights[:, rows]
+        squared, logs = self._dist2_logs(x, rows, guess, precise)
+        scale = (weights.abs() * squared.clamp(min=0)).sum(0).sqrt()
+        if self.p == 2:
+            direction = (_spread(weights, logs) * logs).sum(0)
+            objective = (weights * squared).sum(0)
+            gradient_norm = self.manifold.norm(x, direction)
+            return _State(x, objective, gradient_norm, direction, scale, logs.movedim(0, 1))
+        distances = squared.clamp(min=0).sqrt()
+        pull, here = _median_pull(weights, distances)
+        direction = (_spread(pull, logs) * logs).sum(0)
+        # An anchor at x balances any pull up to its own weight (Kuhn 1973).
+        balanced = (weights * here).sum(0)
+        excess = (self.manifold.norm(x, direction) - balanced).clamp(min=0)
+        total = pull.sum(0)
+        direction = direction / _spread(torch.where(total > 0, total, 1.0), direction)
+        # The median's gradient has no unit; scaling makes it comparable with that of the mean.
+        objective = (weights * distances).sum(0)
+        return _State(x, objective, excess * scale, direction, scale, logs.movedim(0, 1))
+
+    def _dist2_logs(
+        self,
+        x: Tensor,
+        rows: Tensor | None = None,
+        guess: Tensor | None = None,
+        precise: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        points = self.points if rows is None else self.points[:, rows]
+        stacked = x.expand(len(points), *x.shape)
+        if isinstance(self.manifold, QuotientManifold):
+            return self.manifold.dist2_logmap(stacked, points, guess=guess, precise=precise)
+        logs = self.manifold.logmap(stacked, points)
+        return self.manifold.inner(stacked, logs), logs
+
+    def starts(self, which: str) -> list[Tensor]:
+        """Starting points; the set is the same for any order of the anchors."""
+        symmetric = None
+        if isinstance(self.manifold, QuotientManifold):
+            symmetric = self.manifold.start_mean(self.points, self.weights, self.rank)
+        same_shape = symmetric is None or symmetric.shape == self.points[0].shape
+        if which == "anchors" and not same_shape:
+            raise ValueError(
+                "starts='anchors': the anchors do not have the rank of the mean; leave out `rank`"
+            )
+        anchors = list(self.points) if which == "anchors" or symmetric is None else []
+        if symmetric is None and which == "auto":
+            best = torch.stack([self.evaluate(x).objective for x in anchors]).argmin(0)
+            return [self.points[best, torch.arange(len(best), device=best.device)]]
+        return [*([] if symmetric is None else [symmetric]), *anchors]
+
+    def closed_form(self) -> FrechetSolution:
+        """The mean by its formula, or the median by Weiszfeld steps that use the formula."""
+        form = closed_form_of(self.manifold)
+        assert form is not None
+        mean = form(self.points, self.weights, self.rank)
+        count = torch.zeros(self.weights.shape[1], dtype=torch.long, device=self.points.device)
+        status = torch.full_like(count, Status.CONVERGED)
+        if self.p == 1:  # each Weiszfeld step is a weighted mean, in closed form
+            status = torch.full_like(count, Status.MAX_ITERATIONS)
+            for _ in range(self.max_iterations):
+                squared, _ = self._dist2_logs(mean)
+                pull, _ = _median_pull(self.weights, squared.clamp(min=0).sqrt())
+                total = pull.sum(0)
+                running = (status == Status.MAX_ITERATIONS) & (total > 0)
+                new = form(self.points, pull / torch.where(total > 0, total, 1.0), self.rank)
+                scale = (self.weights * squared.clamp(min=0)).sum(0).sqrt()
+                still = self.manifold.dist(mean, new) <= self.tolerance * scale
+                mean = torch.where(_spread(running, mean), new, mean)
+                count = count + running
+                status = torch.where(still | (total <= 0), Status.CONVERGED, status)
+                if bool((status == Status.CONVERGED).all()):
+                    break
+        return self._solution(self.evaluate(mean), count, status)
+
+    def best_of(self, starts: list[Tensor]) -> FrechetSolution:
+        """Karcher's iteration from each start; each element keeps its least objective."""
+        best = self._karcher(starts[0])
+        for x in starts[1:]:
+            other = self._karcher(x)
+            take = other.objective < best.objective
+            best = dataclasses.replace(
+                best,
+                point=torch.where(_spread(take, best.point), other.point, best.point),
+                objective=torch.where(take, other.objective, best.objective),
+                gradient_norm=torch.where(take, other.gradient_norm, best.gradient_norm),
+                iterations=torch.where(take, other.iterations, best.iterations),
+                status=torch.where(take, other.status, best.status),
+            )
+        return best
+
+    def _karcher(self, x: Tensor) -> FrechetSolution:
+        """Karcher's iteration x ← exp_x(t Σ wᵢ log_x xᵢ), t halved until the objective decreases.
+
+        Logarithms that have to be searched for are searched roughly while the iterate is far from
+        the mean, and start from those of the previous iterate.
+        """
+        rough = self.p == 2 and isinstance(self.manifold, QuotientManifold)
+        state = self.evaluate(x.clone(), precise=not rough)
+        count = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        precise = torch.full_like(count, not rough, dtype=torch.bool)
+        status = torch.full_like(count, Status.MAX_ITERATIONS)
+        for iteration in range(self.max_iterations + 1):
+            running = status == Status.MAX_ITERATIONS
+            ready = state.gradient_norm <= ROUGH * state.scale
+            if rough and iteration < self.max_iterations:
+                refine = (running & ready & ~precise).nonzero()[:, 0]
+            else:
+                refine = (running & ~precise).nonzero()[:, 0]
+            if len(refine):
+                self._refine(state, refine)
+                precise[refine] = True
+            status[running & precise & self._stationary(state)] = Status.CONVERGED
+            rows = (status == Status.MAX_ITERATIONS).nonzero()[:, 0]
+            if not len(rows) or iteration == self.max_iterations:
+                break
+            for part in (rows[precise[rows]], rows[~precise[rows]]):
+                if not len(part):
+                    continue
+                exactly = bool(precise[part[0]])
+                moved = self._descend(state, part, exactly)
+                count[part] += 1
+                if exactly:
+                    status[part[~moved]] = Status.STALLED
+                else:  # rough logarithms may stall by their own error: look again, exactly
+                    self._refine(state, part[~moved])
+                    precise[part[~moved]] = True
+        return self._solution(state, count, status)
+
+    def _refine(self, state: _State, rows: Tensor) -> None:
+        if len(rows):
+            now = state.rows(rows)
+            state.put(rows, self.evaluate(now.point, rows, guess=now.logs.movedim(1, 0)))
+
+    def _stationary(self, state: _State) -> Tensor:
+        return state.gradient_norm <= self.tolerance * state.scale
+
+    def _descend(self, state: _State, rows: Tensor, precise: bool) -> Tensor:
+        """One step of the elements ``rows``, in place; returns which of them moved."""
+        # A logarithm that is no gradient inverts the retraction, not the exponential.
+        is_gradient = getattr(self.manifold, "log_is_gradient", True)
+        step = self.manifold.expmap if is_gradient else self.manifold.retr
+        moved = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        length = 1.0
+        for _ in range(MAX_HALVINGS):
+            waiting = (~moved).nonzero()[:, 0]
+            if not len(waiting):
+                break
+            index = rows[waiting]
+            now = state.rows(index)
+            # The point moved by the step, so its logarithms are shorter by it to first order.
+            guess = (now.logs - length * now.direction[:, None]).movedim(1, 0)
+            point = step(now.point, length * now.direction)
+            trial = self.evaluate(point, index, guess, precise)
+            better = trial.gradient_norm < now.gradient_norm
+            if is_gradient:
+                # Distances that were searched for are known to some 10 digits. Within that, near
+                # the bottom of a quadratic, a smaller gradient is the better witness.
+                digits = torch.finfo(now.objective.dtype).eps ** 0.6 if precise else ROUGH**2
+                rounding = digits * now.objective.abs()
+                better = (trial.objective < now.objective - rounding) | (
+                    (trial.objective <= now.objective + rounding) & better
+                )
+            state.put(index[better], trial.rows(better))
+            moved[waiting[better]] = True
+            length /= 2
+        return moved
+
+    def _solution(self, state: _State, count: Tensor, status: Tensor) -> FrechetSolution:
+        paths: dict[str, int] = {}
+        if hasattr(self.manifold, "log_path"):
+            stacked = state.point.expand(len(self.points), *state.point.shape)
+            codes = self.manifold.log_path(stacked, self.points)
+            paths = {name: int((codes == c).sum()) for c, name in self.manifold.path_names.items()}
+        return FrechetSolution(
+            point=state.point,
+            objective=state.objective,
+            gradient_norm=state.gradient_norm,
+            iterations=count,
+            status=status,
+            weights=self.weights,
+            solver="",
+            paths=paths,
+        )
+
+
+def _median_pull(weights: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+    """Weiszfeld's weights wᵢ/dᵢ, and which anchors are at the iterate itself and left out."""
+    floor = 1e-9 * distances.amax(0).clamp(min=torch.finfo(distances.dtype).tiny)
+    here = distances <= floor
+    return torch.where(here, 0.0, weights / distances.clamp(min=floor)), here
