@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +32,7 @@ from manifold_merge.cli_options import (
     parse_rank,
     parse_weights,
 )
-from manifold_merge.cli_session import session
+from manifold_merge.cli_session import in_cli_words, session
 
 # The library is imported inside the commands: torch takes seconds, and --help should not.
 
@@ -50,6 +53,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; the entry point of ``manifold-merge`` and ``python -m``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without Σ shows a question mark
+            stream.reconfigure(errors="replace")
     app(prog_name="manifold-merge")
 
 
@@ -228,7 +234,7 @@ def adapters(
         base = opened[0].base_model
         shell.result("adapters", result, lambda: show_merge(shell, result, base))
         if strict and not converged:
-            shell.error("not converged; the output is written. " + remedy(result))
+            shell.error(f"not converged, the output is written: {remedy(merged.status)}")
             raise typer.Exit(1)
 
 
@@ -278,6 +284,9 @@ def inspect(
                 max_bytes=budget,
                 progress=progress,
             )
+        if inspection.refusal is not None:
+            refusal = in_cli_words(inspection.refusal)
+            inspection = dataclasses.replace(inspection, refusal=refusal)
         written = None
         if report is not None:
             written = str(write_report(inspection, report, overwrite=overwrite))

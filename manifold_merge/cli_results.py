@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from manifold_merge import report_tables as tables
 from manifold_merge.cli_session import Session
 from manifold_merge.report_data import Inspection
 
-__all__ = ["remedy", "show_inspection", "show_merge"]
+__all__ = ["REMEDIES", "remedy", "show_inspection", "show_merge"]
 
 
-def remedy(result: dict[str, Any]) -> str:
-    """What to do where the mean of a module did not converge."""
-    if result["recipe"]["geometry"] == "lifted":
-        return "Opposite updates cancel, and the merge is zero there"
-    if result["recipe"]["distance"] == "chordal":
-        return "Loosen what is asked of the mean: leave --median out"
-    return "The adapters are too far apart for this distance: try --distance chordal"
+# What to do about each way in which a mean does not converge, the worst last.
+REMEDIES = {
+    "stalled": "the adapters are too far apart for this distance; try --distance chordal",
+    "max_iterations": "the mean was stopped early; try --distance chordal",
+    "cancelled": "opposite updates cancel and the merge is zero there; leave one of them out",
+}
+
+
+def remedy(status: Mapping[str, int]) -> str:
+    """What to do where the mean of a module did not converge; status is that of the merge."""
+    return next((text for name, text in reversed(REMEDIES.items()) if status.get(name)), "")
 
 
 def show_merge(shell: Session, result: dict[str, Any], base: str | None) -> None:
@@ -34,9 +39,9 @@ def show_merge(shell: Session, result: dict[str, Any], base: str | None) -> None
     rows = {
         "geometry": f"{recipe['geometry']}{distance} ({reason})",
         "weights": ", ".join(f"{weight:.4g}" for weight in recipe["weights"]),
-        "closeness": f"{result['closeness']:.2f}, mean cosine of the updates (1 same, 0 unrelated)",
+        "closeness": f"{result['closeness']:.2f}, least cosine of two updates (1 same, 0 none)",
         "modules": f"{result['modules']} of rank {tables.span(result['ranks'])}",
-        "status": status if result["converged"] else f"{status}. {remedy(result)}",
+        "status": status if result["converged"] else f"{status}: {remedy(result['status'])}",
         "logarithms": ", ".join(f"{count} {way}" for way, count in result["logarithms"].items()),
         "gauge": "",
         "time": f"{tables.number(result['seconds'])} s",

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.console import Console
@@ -27,20 +27,19 @@ __all__ = ["Session", "in_cli_words", "session"]
 
 BAD_INPUT, PROGRAM_ERROR, INTERRUPTED = 2, 3, 130
 
-# Options of the library that the command line has under the same name.
-_SAME_NAME = (
-    "device", "distance", "dtype", "extras", "geometry", "layer_weights", "missing", "rank",
-    "scale", "weights",
-)  # fmt: skip
+# Options that the command line has under the same name; a path may hold text that looks like them.
+_VALUED = "device|distance|dtype|extras|geometry|missing|rank|scale|weights"
 _WORDS = (
     (r"overwrite=True \(--overwrite\)", "--overwrite"),
-    (r"\b(overwrite|allow_different_base|sum)=True", r"--\1"),
+    (r"\ballow_different_base=True", "--allow-different-base"),
+    (r"\bsum=True", "--sum"),
     (r"\bp=1\b", "--median"),
     (r"\bignore_config_keys\b", "--ignore-config-key"),
     (r"^layer_weights\[('[^']*')\]", r"--layer-weights \1"),
-    (rf"(?<![\w/.-])({'|'.join(_SAME_NAME)})='([^']*)'", r"--\1 \2"),
-    (rf"(?<![\w/.-])({'|'.join(_SAME_NAME)})=([\w.]+)", r"--\1 \2"),
-    (rf"^({'|'.join(_SAME_NAME)})(?=:| must| is )", r"--\1"),
+    (rf"(?<![\w/.-])({_VALUED})='([^']*)'", r"--\1 \2"),
+    (rf"(?<![\w/.-])({_VALUED})=([\w.]+)", r"--\1 \2"),
+    (rf"^({_VALUED})(?=:| must| is )", r"--\1"),
+    (r"\buse a chordal distance\b", "use --distance chordal"),
     (r"; see AdapterMerge\.status", ""),
 )
 
@@ -59,7 +58,7 @@ def in_cli_words(message: str) -> str:
     text = " ".join(message.split())
     for pattern, words in _WORDS:
         text = re.sub(pattern, words, text)
-    return re.sub(r"--[a-z_]+", lambda option: option[0].replace("_", "-"), text)
+    return text
 
 
 class Session:
@@ -77,7 +76,7 @@ class Session:
         if self.as_json:
             document = {"manifold_merge": __version__, "command": command, **result}
             document["warnings"] = self.warnings
-            typer.echo(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+            typer.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
         elif not self.quiet:
             show()
 
@@ -122,10 +121,9 @@ class Session:
         """Print a table of an inspection."""
         shown = RichTable(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
         for column in table.columns:
-            if column.text:
-                shown.add_column(column.title, overflow="fold")
-            else:
-                shown.add_column(column.title, justify="right")
+            # Folded, never cut: half a number is a wrong one.
+            justify: Literal["left", "right"] = "left" if column.text else "right"
+            shown.add_column(column.title, justify=justify, overflow="fold")
         for row in table.rows:
             shown.add_row(*map(Text, row))
         self._out.print()

@@ -153,6 +153,9 @@ def frechet_mean(
     signed = solver == "closed_form" and p == 2
     w = normalized_weights(weights, len(anchors), like=anchors[0], negative=signed)
 
+    # An anchor without weight takes no part, however far away it is.
+    used = [i for i in range(len(anchors)) if bool(w[i].any())]
+    full_weights, w, anchors = w, w[used], [anchors[i] for i in used]
     everything = anchors if start is None else [*anchors, start]
     space, stacked, restore = _reduced(manifold, everything, rank)
     # All batch dimensions become one, so that elements can stop on their own.
@@ -173,7 +176,7 @@ def frechet_mean(
         gradient_norm=result.gradient_norm.reshape(batch),
         iterations=result.iterations.reshape(batch),
         status=result.status.reshape(batch),
-        weights=w,
+        weights=full_weights,
         solver=solver,
     )
 

@@ -12,7 +12,7 @@ from manifold_merge.linalg import adjoint
 from manifold_merge.lora import LoRAQuotient
 from manifold_merge.solution import FrechetSolution, Status
 
-__all__ = ["lifted_mean", "pairwise_cosines"]
+__all__ = ["lifted_mean", "pairwise_cosines", "pairwise_inner"]
 
 # Below this fraction of the anchors' mean norm nothing but rounding is left of their sum.
 CANCELLED = 1e-6
@@ -38,8 +38,9 @@ def lifted_mean(
         mean = argmin Σ wᵢ |W - Ŵ_i|²  over  rank W <= rank,  |W|² = Σ wᵢ |W_i|²,
 
     with the moments M_U = Σ wᵢ C_iC_iᵀ, M_V = Σ wᵢ C_iᵀC_i of the unit anchors C_i = W_i/|W_i|. The
-    power p is their spherical variance 1 - |Σ wᵢ C_i|²: copies of one adapter are not moved at all
-    (the mean of copies is the adapter), orthogonal tasks fully (p -> 1). The mean depends on the
+    power p = 1 - |Σ wᵢ C_i|⁴ is read off their agreement: copies of one adapter are not moved at
+    all (the mean of copies is the adapter), orthogonal tasks nearly fully (p = 1 - 1/k²), and as p
+    stays below 1 the mean is a continuous function of the anchors. The mean depends on the
     anchors only through Σ wᵢ δ(W_i): it is invariant to gauges and order, weights of (2, 1) equal
     a duplicated anchor, and a single anchor is its own mean.
 
@@ -86,7 +87,7 @@ def lifted_mean(
     shares = shares / shares.sum(0).clamp(min=torch.finfo(s.dtype).tiny)
     if power is None:
         resultant = torch.einsum("i...,ij...,j...->...", shares, cosines, shares)
-        exponent = (1 - resultant).clamp(0, 1)
+        exponent = (1 - resultant.square()).clamp(0, 1)
     else:
         exponent = torch.full_like(norms[0], power)
 
@@ -131,10 +132,24 @@ def pairwise_cosines(manifold: LoRAQuotient, points: Sequence[Tensor]) -> Tensor
     Returns:
         ``(k, k, ...)``, zero where a product is zero.
     """
+    gram = pairwise_inner(manifold, points)
+    norms = gram.diagonal(dim1=0, dim2=1).movedim(-1, 0).clamp(min=0).sqrt()
+    return gram / (norms[:, None] * norms[None]).clamp(min=torch.finfo(gram.dtype).tiny)
+
+
+def pairwise_inner(manifold: LoRAQuotient, points: Sequence[Tensor]) -> Tensor:
+    """Inner products <W_i, W_j> of low-rank products, without forming them.
+
+    Args:
+        manifold: Says the sizes m and n.
+        points: k points ``(..., m + n, r_i)``; ranks may differ.
+
+    Returns:
+        ``(k, k, ...)``.
+    """
     reduced, anchors, _ = manifold.reduce(points)
     u, v, s = _singular_frames(reduced, anchors)
-    norms = s.square().sum(-1, keepdim=True).sqrt()
-    return _gram(u, v, s / norms.clamp(min=torch.finfo(s.dtype).tiny))
+    return _gram(u, v, s)
 
 
 def _singular_frames(reduced: LoRAQuotient, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -279,7 +279,7 @@ class LoRAQuotient(QuotientManifold):
         self._assert_check_shape(tuple(x.shape), "x")
         self._assert_check_shape(tuple(y.shape), "y")
         if self.distance == "aligned":
-            squared = self._dist2_logmap(x, y)[0]
+            squared = self._dist2_logmap_path(x, y)[0]
         else:
             squared = squared_distance(self, x, y)
         return squared[..., None, None] if keepdim else squared
@@ -296,22 +296,36 @@ class LoRAQuotient(QuotientManifold):
             guess: Approximate logarithm from which shooting starts.
             precise: With ``False``, exact logarithms have about 5 digits at a fraction of the cost.
         """
-        return self._dist2_logmap(x, y, guess, precise)
+        return self._dist2_logmap_path(x, y, guess, precise)[:2]
 
-    def _dist2_logmap(
+    def _dist2_logmap_path(
         self, x: Tensor, y: Tensor, guess: Tensor | None = None, precise: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x, y = _broadcast(x, y)
         u, path = self._log(x, y, guess, precise)
         if self.distance == "chordal":
-            return chordal_distance(self._split(x), self._split(y)) ** 2, u
+            return chordal_distance(self._split(x), self._split(y)) ** 2, u, path
         squared = self.inner(x, u)
         if self.distance == "aligned":  # symmetric in x and y
             squared = 0.5 * (squared + self.inner(y, self._log(y, x)[0]))
         elif self.metric != "invariant" and bool((path == CHORDAL).any()):
             chord = chordal_distance(self._split(x), self._split(y)) ** 2
             squared = torch.where(path == CHORDAL, chord, squared)
-        return squared, u
+        return squared, u, path
+
+    def _dist2(self, x: Tensor, y: Tensor) -> Tensor:
+        """Squared distance without gradient, symmetric in x and y."""
+        there, _, path_there = self._dist2_logmap_path(x, y)
+        if self.distance != "exact":
+            return there
+        # Beyond the injectivity radius shooting from either side may find another geodesic, or
+        # none: the shorter one counts, and a chord only where neither side found any.
+        back, _, path_back = self._dist2_logmap_path(y, x)
+        chord_there, chord_back = path_there == CHORDAL, path_back == CHORDAL
+        shorter = torch.minimum(there, back)
+        return torch.where(
+            chord_there == chord_back, shorter, torch.where(chord_there, back, there)
+        )
 
     def _dist2_covector(self, x: Tensor, y: Tensor) -> Tensor:
         chord = self._join(chordal_covector(self._split(x), self._split(y)))

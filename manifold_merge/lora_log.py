@@ -45,7 +45,7 @@ ACCELERATE_BELOW = 0.3
 # Below this endpoint error a coarse integration has told all that it can.
 COARSE_ERROR = 1e-5
 # An element whose endpoint has not come closer in so many shots is given up.
-PATIENCE = 8
+PATIENCE = 6
 
 
 def product(x: Pair) -> Tensor:
@@ -115,7 +115,12 @@ def aligned_representative(metric: LoRAMetric, x: Pair, y: Pair) -> tuple[Pair, 
         The representative, and a boolean of the batch shape: false where no principal square root
         exists, and there the representative is y itself.
     """
-    (b, a), (by, ay) = x, y
+    # The result does not depend on the gauges, its rounding does: work in balanced ones. As
+    # constants they take no part in derivatives, which they do not change either.
+    (to_b, to_a), (back_b, back_a) = _balancing_gauge(x)
+    (by_gauge, ay_gauge), _ = _balancing_gauge(y)
+    b, a = x[0] @ to_b, x[1] @ to_a
+    by, ay = y[0] @ by_gauge, y[1] @ ay_gauge
     p, q = adjoint(a) @ a, adjoint(b) @ b
     if metric.name == "invariant":
         left, right = adjoint(by) @ b @ p, q @ (adjoint(a) @ ay)
@@ -126,10 +131,17 @@ def aligned_representative(metric: LoRAMetric, x: Pair, y: Pair) -> tuple[Pair, 
     if metric.name == "invariant":
         gauge = adjoint(gauge)
     inverse = torch.linalg.inv_ex(gauge)[0]
-    aligned = (by @ gauge, ay @ adjoint(inverse))
+    aligned = (by @ gauge @ back_b, ay @ adjoint(inverse) @ back_a)
     good = good & aligned[0].isfinite().all(-1).all(-1) & aligned[1].isfinite().all(-1).all(-1)
     keep = good[..., None, None]
-    return (torch.where(keep, aligned[0], by), torch.where(keep, aligned[1], ay)), good
+    return (torch.where(keep, aligned[0], y[0]), torch.where(keep, aligned[1], y[1])), good
+
+
+@torch.no_grad()
+def _balancing_gauge(x: Pair) -> tuple[Pair, Pair]:
+    """(G, G⁻ᵀ) that balances x, and its inverse (G⁻¹, Gᵀ)."""
+    _, inverse, adjoint_gauge = balance(x)
+    return (adjoint(adjoint_gauge), adjoint(inverse)), (inverse, adjoint_gauge)
 
 
 def exact_log(
@@ -169,6 +181,9 @@ def exact_log(
     fine = False
     for _ in range(MAX_SHOTS):
         here, there = _take(x, active), _take(y, active)
+        # No minimising geodesic is that fast, and integrating it would cost the most of all.
+        over = (metric.speed(here, v) / metric.speed_limit).clamp(min=1.0)[..., None, None]
+        v = (v[0] / over, v[1] / over)
         endpoint = metric.exponential(here, v, fine=fine)
         error = norm(product(endpoint) - target[active]) / scale[active]
         error = torch.where(error.isfinite(), error, torch.inf)

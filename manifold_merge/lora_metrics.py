@@ -42,6 +42,7 @@ class LoRAMetric(abc.ABC):
     """A GL(r)-invariant metric on pairs (B, A) of full column rank."""
 
     name: str
+    speed_limit = math.inf  # of a minimising geodesic, in the units of `speed`
 
     @abc.abstractmethod
     def covector(self, x: Pair, u: Pair) -> Pair:
@@ -105,6 +106,9 @@ class _IntegratedMetric(LoRAMetric):
     are the 2r x r coefficients in the basis [Y, u] and all geometry enters through the 2r x 2r
     Gram matrices of that basis, ``nb`` and ``na``.
     """
+
+    # From rank loss to rank loss a factor turns by at most a right angle while it is scaled.
+    speed_limit = 4.0
 
     @staticmethod
     @abc.abstractmethod

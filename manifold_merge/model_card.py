@@ -30,8 +30,8 @@ def model_card(recipe: Mapping[str, Any], adapters: Sequence[Adapter]) -> str:
     kind = "sum" if recipe["sum"] else "Fréchet median" if recipe["p"] == 1 else "Fréchet mean"
     return (
         f"# Merged LoRA adapter\n\nA {kind} of {len(adapters)} LoRA adapters of `{base}`, made "
-        f"with manifold-merge {recipe['manifold_merge']}. The scaling of each input is folded in; the "
-        "scaling of this adapter is 1 (`lora_alpha` equals the rank).\n\n"
+        f"with manifold-merge {recipe['manifold_merge']}. The scaling of each input is folded in, "
+        "the scaling of this adapter is 1 (`lora_alpha` equals the rank).\n\n"
         f"| adapter | weight | ranks |\n|---|---|---|\n{table}\n\n"
         f"## Recipe\n\n```json\n{json.dumps(recipe, indent=2)}\n```\n"
     )

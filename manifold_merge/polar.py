@@ -13,18 +13,13 @@ from torch import Tensor
 
 from manifold_merge.linalg import adjoint, hermitian_pinv, symmetric_sylvester
 from manifold_merge.lora_log import ALIGNED, CHORDAL, EXACT, chordal_distance
+from manifold_merge.polar_alignment import Triple, act, polar_factor
 from manifold_merge.polar_factors import PolarFactors
 from manifold_merge.polar_log import (
-    Triple,
-    act,
     aligned_distance2,
-    aligned_log,
-    aligned_rotation,
     chordal_covector,
-    chordal_log,
-    exact_log,
     horizontal,
-    polar_factor,
+    search,
     vertical,
 )
 from manifold_merge.quotient import Gauge, QuotientManifold, squared_distance
@@ -261,8 +256,9 @@ class PolarLoRAQuotient(QuotientManifold):
         Args:
             x: Point, ``(..., m + r + n, r)``.
             y: Point, ``(..., m + r + n, r)``.
-            guess: Approximate logarithm. The search over O(r) is then a local one around it.
-            precise: With ``False``, exact logarithms have about 5 digits.
+            guess: Approximate logarithm.
+            precise: With ``False``, exact logarithms have about 5 digits, and the search over O(r)
+                is a local one around the guess, if there is one.
 
         Returns:
             Squared distances of the batch shape, and tangent vectors ``(..., m + r + n, r)``.
@@ -301,45 +297,20 @@ class PolarLoRAQuotient(QuotientManifold):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logarithm, path code, and y in the gauge that the construction aligned with x."""
         x, y = _broadcast(x, y)
-        px, py = self._split(x), self._split(y)
-        u = self.total.join(chordal_log(px, py, self.spectrum_weight))
-        path = torch.full(x.shape[:-2], CHORDAL, device=x.device)
-        if self.distance == "chordal":
-            return u, path, y
-        if x.shape[-1] != y.shape[-1]:
+        if self.distance != "chordal" and x.shape[-1] != y.shape[-1]:
             raise ValueError(
                 f"the ranks {x.shape[-1]} and {y.shape[-1]} differ, which only distance='chordal' "
                 "allows; lift or truncate one of the points"
             )
-        full = _full_rank(px[1]) & _full_rank(py[1])
-        if not bool(full.any()):
-            return u, path, y
-        # Searches need more digits than float32 has if errors are not to add up.
-        work = x.dtype if x.device.type == "mps" else torch.float64
-        px, py = (self._split(z[full].to(work)) for z in (x, y))
-        start = None
-        if guess is not None:  # the gauge of y at the end of the guess
-            near = self.total.split(self.expmap(x[full], guess[full]).to(work))
-            start = polar_factor(adjoint(py[0]) @ near[0] + adjoint(py[2]) @ near[2])
-        codes = torch.full_like(path[full], ALIGNED)
-        turn = torch.zeros_like(px[1])
-        xi: Triple = tuple(torch.zeros_like(p) for p in px)  # type: ignore[assignment]
-        missing = torch.ones_like(codes, dtype=torch.bool)
-        if self.distance == "exact":
-            xi, turn, found = exact_log(px, py, self.spectrum_weight, start=start, precise=precise)
-            missing = ~(found & self.total.join(xi).isfinite().all(-1).all(-1))
-            codes = torch.where(missing, ALIGNED, EXACT)
-        if bool(missing.any()):
-            sx, sy = (self._split(z[full][missing].to(work)) for z in (x, y))
-            first = None if start is None else start[missing]
-            turn[missing] = aligned_rotation(sx, sy, self.spectrum_weight, start=first)
-            near = aligned_log(sx, act(sy, turn[missing]), self.spectrum_weight)
-            for whole, part in zip(xi, near, strict=True):
-                whole[missing] = part
-        u, path, y = u.clone(), path.clone(), y.clone()
-        u[full], path[full] = self.total.join(xi).to(x.dtype), codes
-        y[full] = self.total.join(act(py, turn)).to(x.dtype)
-        return u, path, y
+        start, px, py = None, self._split(x), self._split(y)
+        if guess is not None and not precise and self.distance != "chordal":
+            # The gauge of y at the guess's end. A precise answer is one that no guess can change.
+            end = self._split(self.expmap(x, guess))
+            start = polar_factor(adjoint(py[0]) @ end[0] + adjoint(py[2]) @ end[2])
+        xi, path, turned = search(
+            px, py, self.spectrum_weight, self.distance, start=start, precise=precise
+        )
+        return self.total.join(xi), path, self.total.join(turned)
 
     # --- quotient structure ----------------------------------------------------------------------
 
@@ -509,10 +480,3 @@ def _broadcast(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Broadcast the batch dimensions; the ranks may differ."""
     batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
     return x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])
-
-
-def _full_rank(spectrum: Tensor) -> Tensor:
-    """Whether symmetric matrices ``(..., r, r)`` are numerically positive definite."""
-    values = torch.linalg.eigvalsh(spectrum)
-    cut = 1e2 * spectrum.shape[-1] * torch.finfo(spectrum.dtype).eps
-    return (values[..., 0] > cut * values[..., -1]) & (values[..., -1] > 0)

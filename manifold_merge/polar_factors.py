@@ -12,7 +12,7 @@ from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
 from manifold_merge.linalg import adjoint, hermitian_pinv
-from manifold_merge.polar_log import Triple
+from manifold_merge.polar_alignment import Triple
 from manifold_merge.stiefel import Stiefel, in_batches, matrix_exp, sym
 
 __all__ = ["PolarFactors"]

@@ -40,7 +40,7 @@ class _SquaredDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, manifold: Any) -> Tensor:
-        return manifold._dist2_logmap(x, y)[0]
+        return manifold._dist2(x, y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -66,7 +66,7 @@ def squared_distance(manifold: Any, x: Tensor, y: Tensor) -> Tensor:
     """Squared distance with an exact first derivative, for manifolds that iterate to find it.
 
     Args:
-        manifold: Provides ``_dist2_logmap(x, y)``, whose first result is d², and
+        manifold: Provides ``_dist2(x, y)``, which is d² without gradient, and
             ``_dist2_covector(x, y)``, the Euclidean derivative of -d²/2 with respect to ``x``.
         x: Point, ``(..., *point)``.
         y: Point, ``(..., *point)``; batch dimensions broadcast.
@@ -251,6 +251,9 @@ class QuotientManifold(geoopt.Manifold):
         """
         u = self.logmap(x, y)
         return self.inner(x, u), u
+
+    def _dist2(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.dist2_logmap(x, y)[0]
 
     @__scaling__(ScalingInfo(u=-1))
     def retr(self, x: Tensor, u: Tensor) -> Tensor:

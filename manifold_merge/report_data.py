@@ -170,7 +170,7 @@ class MergePreview:
         geometry: The geometry that it takes.
         distance: Its distance (``"exact"``, ``"aligned"``, ``"chordal"``), if it has a choice.
         reason: Why.
-        closeness: Mean cosine of the updates over the modules that were looked at.
+        closeness: Least cosine between two of the updates, over the modules that were looked at.
         norm: Frobenius norm of the whole merged update.
         distances: For each adapter |M - W_i|/|W_i| of the whole updates; 1 is as far as no adapter
             at all. NaN if W_i is zero.

@@ -44,7 +44,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
   color: #1a1a1a; background: #fff; }
 h1 { font-size: 1.7rem; margin-bottom: 0; } h2 { font-size: 1.25rem; margin-top: 2.2rem; }
 .sub { color: #555; margin-top: .2rem; } figure { margin: 1.2rem 0; }
-figure img { width: 100%; max-width: 54rem; height: auto; } figcaption, dl { color: #444; font-size: .9rem; }
+figure img { width: 100%; max-width: 54rem; height: auto; }
+figcaption, dl { color: #444; font-size: .9rem; }
 table { border-collapse: collapse; font-size: .9rem; display: block; overflow-x: auto; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd;
   white-space: nowrap; }

@@ -33,7 +33,7 @@ READING = {
     "distance": "|Wi − Wj| / √(½|Wi|² + ½|Wj|²): 0 the same, 1.41 orthogonal, 2 opposite.",
     "columns (B), rows (A)": (
         "overlap of the spaces that updates write to and read from, mean cosine of the principal "
-        "angles: 1 the same, 0 orthogonal; in brackets, the most that random spaces have."
+        "angles: 1 the same, 0 orthogonal; in brackets, an upper bound for random spaces."
     ),
     "kept": "how much of an adapter's update the merge holds along the update's own direction.",
     "merge distance": (
