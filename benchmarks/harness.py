@@ -21,8 +21,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -49,16 +47,13 @@ class Timing:
 def measure(
     functions: Mapping[str, Callable[[], object]],
     repeats: int | Mapping[str, int],
-    *,
-    warm_up: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Time functions in turn, so that a change of the machine's load meets all of them.
 
     Args:
         functions: What to call, by name.
-        repeats: How often, for all or by name. Fast functions are spread among the slow ones.
-        warm_up: Calls before the first measurement of those functions that are called more than
-            once.
+        repeats: How often, for all or by name. Those called more often than the rarest are called
+            once before, unmeasured.
 
     Returns:
         For each name, medians, extremes and all measurements of wall and CPU seconds.
@@ -67,7 +62,7 @@ def measure(
     timings = {name: Timing() for name in functions}
     rounds = min(counts.values())
     for name, function in functions.items():
-        for _ in range(warm_up if counts[name] > 1 else 0):
+        if counts[name] > rounds:
             function()
     for turn in range(rounds):
         for name, function in functions.items():
@@ -193,8 +188,3 @@ def finish(
     text = json.dumps(result, indent=1)
     (output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(render(result))
-
-
-def torch_threads(count: int) -> None:
-    """Let torch use that many threads from here on."""
-    torch.set_num_threads(count)

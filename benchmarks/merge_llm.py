@@ -143,7 +143,7 @@ def child(options: argparse.Namespace) -> None:
     """Run one case and print what it took as JSON."""
     from manifold_merge.merge import merge_adapters
 
-    harness.torch_threads(options.threads)
+    torch.set_num_threads(options.threads)
     for function in (torch.linalg.svd, torch.linalg.eigh, torch.linalg.cholesky):
         function(torch.eye(8))  # load the libraries
     root, output = options.scratch / "adapters", options.scratch / "merged"

@@ -119,10 +119,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 convert(folders, dtype)
             functions = ours(factors, chordal, rank, folders, Path(scratch))
             for threads in options.threads:
-                harness.torch_threads(threads)
+                torch.set_num_threads(threads)
                 before = harness.load()
                 repeats = {PEER: options.repeats} | dict.fromkeys(functions, 7 * options.repeats)
-                measured = harness.measure({PEER: peer.merge, **functions}, repeats, warm_up=1)
+                measured = harness.measure({PEER: peer.merge, **functions}, repeats)
                 difference = compare(peer.update(), factors, chordal)
                 result["runs"].append(
                     {

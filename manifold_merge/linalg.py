@@ -11,7 +11,9 @@ from torch import Tensor
 __all__ = [
     "adjoint",
     "hermitian_pinv",
+    "in_batches",
     "integrate",
+    "matrix_exp",
     "principal_sqrt",
     "symmetric_sylvester",
 ]
@@ -134,6 +136,22 @@ def _combine(state: Tensor, slopes: list[Tensor], weights: list[float], h: float
         if weight:
             state = torch.add(state, slope, alpha=h * weight)
     return state
+
+
+def in_batches(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """Call a function of matrices with a batch of at least two.
+
+    ``torch.matrix_exp`` of one single matrix is wrong by up to 1e-10 in float64 and 1e-5 in float32
+    (pytorch issue 196592); for two matrices it takes another way, which is right.
+    """
+    if matrices[0].ndim > 2 and matrices[0].shape[:-2].numel() != 1:
+        return function(*matrices)
+    return function(*(m.expand(2, *m.shape) for m in matrices))[0]
+
+
+def matrix_exp(x: Tensor) -> Tensor:
+    """Matrix exponential of ``(..., r, r)`` matrices."""
+    return in_batches(torch.linalg.matrix_exp, x)
 
 
 def _traced(x: Tensor) -> bool:

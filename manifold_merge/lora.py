@@ -284,7 +284,7 @@ class LoRAQuotient(QuotientManifold):
             squared = squared_distance(self, x, y)
         return squared[..., None, None] if keepdim else squared
 
-    @__scaling__(ScalingInfo(2, -1))
+    @__scaling__(ScalingInfo(2, 1))
     def dist2_logmap(
         self, x: Tensor, y: Tensor, *, guess: Tensor | None = None, precise: bool = True
     ) -> tuple[Tensor, Tensor]:
@@ -513,6 +513,11 @@ class LoRAQuotient(QuotientManifold):
             return self._join((rows.expand(b), columns.expand(a)))
 
         return reduced, self._join((b, a)), restore
+
+    @property
+    def log_is_searched(self) -> bool:  # type: ignore[override]
+        """Whether logmap iterates: for exact distances."""
+        return self.distance == "exact"
 
     @property
     def log_is_gradient(self) -> bool:  # type: ignore[override]

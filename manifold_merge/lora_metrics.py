@@ -24,6 +24,7 @@ from manifold_merge.linalg import (
     adjoint,
     hermitian_pinv,
     integrate,
+    matrix_exp,
     symmetric_sylvester,
 )
 
@@ -282,16 +283,16 @@ class InvariantMetric(LoRAMetric):
         """
         if start is not None:
             omega = v @ hermitian_pinv(adjoint(y) @ y) @ adjoint(y)
-            rotation = torch.linalg.matrix_exp(omega - adjoint(omega))
-            return rotation @ torch.linalg.matrix_exp(adjoint(omega)) @ start
+            rotation = matrix_exp(omega - adjoint(omega))
+            return rotation @ matrix_exp(adjoint(omega)) @ start
         r = y.shape[-1]
         basis = torch.cat((y, v), -1)
         gram = adjoint(basis) @ basis
         scaled = hermitian_pinv(gram[..., :r, :r]) @ gram.unflatten(-2, (2, r)).movedim(-3, 0)
         zero = torch.zeros_like(scaled[0])
         omega, omega_adjoint = torch.cat((zero, scaled[0]), -2), torch.cat((scaled[1], zero), -2)
-        flow = torch.linalg.matrix_exp(omega_adjoint)[..., :r]
-        return basis @ (torch.linalg.matrix_exp(omega - omega_adjoint) @ flow)
+        flow = matrix_exp(omega_adjoint)[..., :r]
+        return basis @ (matrix_exp(omega - omega_adjoint) @ flow)
 
 
 def _core_coefficients(x: Pair, u: Pair) -> Pair:

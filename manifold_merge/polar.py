@@ -247,7 +247,7 @@ class PolarLoRAQuotient(QuotientManifold):
         squared = squared_distance(self, x, y)
         return squared[..., None, None] if keepdim else squared
 
-    @__scaling__(ScalingInfo(2, -1))
+    @__scaling__(ScalingInfo(2, 1))
     def dist2_logmap(
         self, x: Tensor, y: Tensor, *, guess: Tensor | None = None, precise: bool = True
     ) -> tuple[Tensor, Tensor]:

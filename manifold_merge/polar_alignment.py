@@ -13,8 +13,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from manifold_merge.linalg import adjoint
-from manifold_merge.stiefel import gmres, matrix_exp, skew
+from manifold_merge.linalg import adjoint, matrix_exp
+from manifold_merge.stiefel import gmres, skew
 
 __all__ = ["Alignment", "SpectrumTie", "Triple", "act", "ordered", "oriented", "polar_factor"]
 

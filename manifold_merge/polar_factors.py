@@ -11,9 +11,9 @@ import torch
 from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
-from manifold_merge.linalg import adjoint, hermitian_pinv
+from manifold_merge.linalg import adjoint, hermitian_pinv, in_batches, matrix_exp
 from manifold_merge.polar_alignment import Triple
-from manifold_merge.stiefel import Stiefel, in_batches, matrix_exp, sym
+from manifold_merge.stiefel import Stiefel, sym
 
 __all__ = ["PolarFactors"]
 

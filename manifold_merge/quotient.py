@@ -51,15 +51,48 @@ class _SquaredDistance(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, y = ctx.saved_tensors
         scale = -2 * grad[(..., *(None,) * ctx.manifold.ndim)]
-        grad_x = scale * ctx.manifold._dist2_covector(x, y) if ctx.needs_input_grad[0] else None
-        grad_y = scale * ctx.manifold._dist2_covector(y, x) if ctx.needs_input_grad[1] else None
+        # A covector in closed form can be differentiated again, one that was searched for cannot.
+        searched = getattr(ctx.manifold, "log_is_searched", False)
+        covector = _Covector.apply if searched else lambda a, b, m: m._dist2_covector(a, b)
+        grad_x = scale * covector(x, y, ctx.manifold) if ctx.needs_input_grad[0] else None
+        grad_y = scale * covector(y, x, ctx.manifold) if ctx.needs_input_grad[1] else None
         return grad_x, grad_y, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, y: Tensor, manifold: Any) -> Any:
-        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
-        y = y.expand(info.batch_size, *y.shape) if in_dims[1] is None else y.movedim(in_dims[1], 0)
-        return _SquaredDistance.apply(x, y, manifold), 0
+        return _SquaredDistance.apply(*_as_batch(info, in_dims, x, y), manifold), 0
+
+
+class _Covector(torch.autograd.Function):
+    """The derivative of -d²/2 where it takes a search: opaque to vmap, with no derivative itself."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, manifold: Any) -> Tensor:
+        return manifold._dist2_covector(x, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.manifold = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise NotImplementedError(
+            f"second derivatives of the distance on {ctx.manifold} are not available: its "
+            "logarithm is found by a search; use distance='chordal' or 'aligned', or differentiate "
+            "the gradient by finite differences"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, y: Tensor, manifold: Any) -> Any:
+        return _Covector.apply(*_as_batch(info, in_dims, x, y), manifold), 0
+
+
+def _as_batch(info: Any, in_dims: tuple[Any, ...], *tensors: Tensor) -> list[Tensor]:
+    """Make the mapped dimension of each tensor its first, ordinary batch dimension."""
+    return [
+        x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(tensors, in_dims, strict=False)
+    ]
 
 
 def squared_distance(manifold: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -212,18 +245,20 @@ class QuotientManifold(geoopt.Manifold):
         """Return another representative of the class of ``x``, ``(..., *point)``."""
         return self.random_gauge(x, generator=generator, condition=condition)(x)
 
-    def same_point(self, x: Tensor, y: Tensor, *, atol: float = 1e-6) -> Tensor:
+    def same_point(self, x: Tensor, y: Tensor, *, atol: float | None = None) -> Tensor:
         """Tell whether two representatives belong to one class.
 
         Args:
             x: Point, ``(..., *point)``.
             y: Point, ``(..., *point)``.
-            atol: Greatest distance that still counts as equal.
+            atol: Greatest :meth:`relative_difference` that still counts as equal; by default what
+                rounding in the dtype of ``x`` explains.
 
         Returns:
             Boolean tensor of the batch shape.
         """
-        return self.dist(x, y) <= atol
+        limit = 50 * torch.finfo(x.dtype).eps ** 0.5 if atol is None else atol
+        return self.relative_difference(x, y) <= limit
 
     # --- geoopt's contract, from the total manifold ----------------------------------------------
 
@@ -232,7 +267,7 @@ class QuotientManifold(geoopt.Manifold):
         """Distance between the classes of ``x`` and ``y``, of the batch shape."""
         return self.total.dist(x, self.align(x, y), keepdim=keepdim)
 
-    @__scaling__(ScalingInfo(2, -1))
+    @__scaling__(ScalingInfo(2, 1))
     def dist2_logmap(
         self, x: Tensor, y: Tensor, *, guess: Tensor | None = None, precise: bool = True
     ) -> tuple[Tensor, Tensor]:
@@ -312,6 +347,8 @@ class QuotientManifold(geoopt.Manifold):
     # False where logmap is an approximation that is not the gradient of -½ d²: the mean is then the
     # point at which the weighted logarithms cancel.
     log_is_gradient: bool = True
+    # True where logmap iterates, so that its own derivative is not available.
+    log_is_searched: bool = True
     has_closed_form_mean: bool = False
 
     def closed_form_mean(self, points: Tensor, weights: Tensor, rank: int | None = None) -> Tensor:

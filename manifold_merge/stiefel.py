@@ -26,7 +26,7 @@ import torch
 from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
-from manifold_merge.linalg import adjoint
+from manifold_merge.linalg import adjoint, in_batches, matrix_exp
 
 __all__ = [
     "Coupling",
@@ -34,8 +34,6 @@ __all__ = [
     "end_velocity",
     "frame_coordinates",
     "gmres",
-    "in_batches",
-    "matrix_exp",
     "shoot",
     "skew",
     "sym",
@@ -62,22 +60,6 @@ def sym(x: Tensor) -> Tensor:
 def skew(x: Tensor) -> Tensor:
     """Skew-symmetric part of ``(..., r, r)`` matrices."""
     return 0.5 * (x - adjoint(x))
-
-
-def in_batches(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
-    """Call a function of matrices with a batch of at least two.
-
-    ``torch.matrix_exp`` of one single matrix is wrong by up to 1e-10 in float64 and 1e-5 in float32
-    (pytorch issue 196592); for two matrices it takes another way, which is right.
-    """
-    if matrices[0].ndim > 2 and matrices[0].shape[:-2].numel() != 1:
-        return function(*matrices)
-    return function(*(m.expand(2, *m.shape) for m in matrices))[0]
-
-
-def matrix_exp(x: Tensor) -> Tensor:
-    """Matrix exponential of ``(..., r, r)`` matrices."""
-    return in_batches(torch.linalg.matrix_exp, x)
 
 
 class Stiefel(geoopt.EuclideanStiefelExact):

@@ -1,4 +1,4 @@
-"""LoRAQuotient against dense oracles and its contract: metrics, projections, gradients, plumbing."""
+"""LoRAQuotient against dense oracles, and its contract: metrics, gradients, plumbing."""
 
 from __future__ import annotations
 
@@ -55,10 +55,21 @@ APPROXIMATE = {
 }
 
 
-def contract(metric: str, distance: str, dtype: torch.dtype, batch: tuple[int, ...]) -> None:
-    skip = APPROXIMATE[distance]
+# Laws that evaluate many integrated geodesics; the slow run has them for these too.
+LONG = ("single_precision", "distance", "geodesic_variation", "broadcasting", "batching")
+
+
+def contract(
+    metric: str,
+    distance: str,
+    dtype: torch.dtype = FLOAT64,
+    batch: tuple[int, ...] = (),
+    left_out: tuple[str, ...] = (),
+) -> None:
+    skip = (*APPROXIMATE[distance], *left_out)
     if (metric, distance) == ("embedded", "chordal"):
-        skip = ("log_distance",)  # the chord is longer than its projection on the tangent space
+        # The chord is longer than its projection on the tangent space.
+        skip = ("log_distance", *left_out)
     m, n, r = 4, 3, 2
     # Points that shooting reaches from each other; those that it does not are a test of their own.
     first = draw(m, n, *batch, r)
@@ -79,7 +90,7 @@ def contract(metric: str, distance: str, dtype: torch.dtype, batch: tuple[int, .
 @EVERY_METRIC
 @EVERY_DISTANCE
 def test_contract(metric, distance):
-    contract(metric, distance, FLOAT64, ())
+    contract(metric, distance, left_out=() if metric == "invariant" else LONG)
 
 
 @pytest.mark.slow
@@ -87,7 +98,7 @@ def test_contract(metric, distance):
 @EVERY_DISTANCE
 @pytest.mark.parametrize(
     ("dtype", "batch"),
-    [(torch.float32, ()), (torch.float32, (2,)), (FLOAT64, (2,)), (FLOAT64, (2, 1, 3))],
+    [(torch.float32, ()), (torch.float32, (2,)), (FLOAT64, ()), (FLOAT64, (2, 1, 3))],
     ids=str,
 )
 def test_contract_of_batches_and_single_precision(metric, distance, dtype, batch):
@@ -249,7 +260,7 @@ EXPLAINED = {
 def test_points_are_explained(x, message):
     manifold = LoRAQuotient(6, 5)
     assert not manifold.check_point_on_manifold(x)
-    ok, reason = manifold.check_point_on_manifold(x, explain=True)
+    ok, _ = manifold.check_point_on_manifold(x, explain=True)
     assert not ok
     with pytest.raises(ValueError, match=message):
         manifold.assert_check_point_on_manifold(x)
@@ -302,7 +313,7 @@ def test_gauges_have_the_condition_that_was_asked_for():
         gauge = manifold.random_gauge(x, condition=condition)
         G = torch.linalg.lstsq(x[:, :8], gauge(x)[:, :8]).solution
         assert torch.linalg.cond(G).sub(condition).abs().max() < 1e-6 * condition
-        assert relative_gap(manifold, x, gauge(x)) < 1e-12
+        assert relative_gap(manifold, x, gauge(x)) < 1e-11  # rounding times condition
 
 
 # --- autograd, vmap, compile ----------------------------------------------------------------------
@@ -357,7 +368,7 @@ def test_second_derivatives_are_right_or_refused(metric, distance):
     try:
         (found,) = torch.autograd.grad((slope * v).sum(), x)
     except (NotImplementedError, RuntimeError) as error:
-        assert distance == "exact"  # noqa: PT017
+        assert distance == "exact"
         assert "deriv" in str(error)  # noqa: PT017
     else:
         close(found, wanted, 1e-5)

@@ -1,4 +1,4 @@
-"""The abstraction itself, on a discrete quotient and on a continuous one that have nothing of LoRA."""
+"""The abstraction itself, on a discrete and on a continuous quotient without LoRA."""
 
 from __future__ import annotations
 

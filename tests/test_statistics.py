@@ -99,6 +99,7 @@ def test_padding_changes_nothing(kind):
         torch.testing.assert_close(one.gram(name).dense(), many.gram(name).dense())
         assert one.gram(name).count == 10
         if kind == "kfac":
+            assert one.output_gram(name).count == 3  # examples, not tokens
             torch.testing.assert_close(
                 one.output_gram(name).dense(), many.output_gram(name).dense()
             )
