@@ -44,14 +44,16 @@ class Bench:
         return model
 
     @torch.no_grad()
-    def correct(self, model: torch.nn.Module, task: str, which: str, split: str) -> Tensor:
+    def correct(
+        self, model: torch.nn.Module, task: str, which: str, split: str, limit: int | None = None
+    ) -> Tensor:
         """Which texts of a task the model with that task's head gets right, ``(texts,)``."""
         if self._tokenizer is None:
             self.base()
         texts, labels = self.loader.load_split(task, split)
         weight, bias = self.loader.load_head(task, SETS[which])
-        hidden = self.loader.embed(model, self._tokenizer, texts)
-        right: Tensor = (hidden @ weight.T + bias).argmax(1) == labels
+        hidden = self.loader.embed(model, self._tokenizer, texts[:limit])
+        right: Tensor = (hidden @ weight.T + bias).argmax(1) == labels[:limit]
         return right
 
 

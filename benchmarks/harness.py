@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -20,6 +21,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import manifold_merge
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -96,10 +99,10 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    from manifold_merge._version import __version__
-
-    versions["manifold-merge"] = __version__
+    versions["manifold-merge"] = manifold_merge.__version__
+    sources = sorted(Path(manifold_merge.__file__).parent.glob("*.py"))
     return {
+        "source": hashlib.sha256(b"".join(x.read_bytes() for x in sources)).hexdigest()[:16],
         "python": platform.python_version(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -122,6 +125,7 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    warnings.filterwarnings("ignore", "Could not find a config file in")
 
 
 # --- output --------------------------------------------------------------------------------------

@@ -18,13 +18,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import harness
 import torch
+from torch import Tensor
 
 HIDDEN, FEED_FORWARD, BLOCKS = 4096, 11008, 32
 DTYPE = torch.bfloat16
@@ -109,33 +110,40 @@ def memory(field: str) -> int:
     raise KeyError(field)
 
 
-def floor(root: Path, output: Path, blocks: int, rank: int, dtype: torch.dtype) -> dict[str, float]:
+def floor(
+    root: Path, output: Path, blocks: int, rank: int, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
     """Read, multiply, write: seconds of each part."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    parts = {"reading": 0.0, "Gram products": 0.0, "writing": 0.0}
+    parts = {name: {"wall": 0.0, "cpu": 0.0} for name in ("reading", "Gram products", "writing")}
+
+    def timed(part: str, function: Callable[[], Any]) -> Any:
+        value, elapsed = harness.once(function)
+        for clock in elapsed:
+            parts[part][clock] += elapsed[clock]
+        return value
+
     folders = sorted(root.glob("task*"))
     files = [safe_open(x / "adapter_model.safetensors", framework="pt") for x in folders]
+
+    def stacked(key: str, dimension: int) -> Tensor:
+        return torch.cat([file.get_tensor(key).to(dtype) for file in files], dimension)
+
     for name, _, _ in module_shapes(blocks):
-        start = time.perf_counter()
-        factors = {}
-        for factor, side in (("lora_B", 1), ("lora_A", 0)):
-            key = f"base_model.model.{name}.{factor}.weight"
-            factors[factor] = torch.cat([file.get_tensor(key).to(dtype) for file in files], side)
-        parts["reading"] += time.perf_counter() - start
-        start = time.perf_counter()
-        factors["lora_B"].mT @ factors["lora_B"]
-        factors["lora_A"] @ factors["lora_A"].mT
-        parts["Gram products"] += time.perf_counter() - start
+        key = f"base_model.model.{name}.lora_{{}}.weight"
+        b = timed("reading", partial(stacked, key.format("B"), 1))
+        a = timed("reading", partial(stacked, key.format("A"), 0))
+        timed("Gram products", partial(torch.matmul, b.mT, b))
+        timed("Gram products", partial(torch.matmul, a, a.mT))
     tensors = {}
     for name, m, n in module_shapes(blocks):
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(m, rank, dtype=DTYPE)
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(rank, n, dtype=DTYPE)
     output.mkdir()
-    start = time.perf_counter()
-    save_file(tensors, output / "adapter_model.safetensors", {"format": "pt"})
-    parts["writing"] += time.perf_counter() - start
+    file = output / "adapter_model.safetensors"
+    timed("writing", lambda: save_file(tensors, file, {"format": "pt"}))
     return parts
 
 
@@ -158,7 +166,8 @@ def child(options: argparse.Namespace) -> None:
         result |= elapsed | {"modules": merged.modules_merged, "geometry": merged.recipe}
     else:
         parts = floor(root, output, options.layers, options.rank, FLOORS[options.child])
-        result |= {"wall": sum(parts.values()), "parts": parts}
+        wall, cpu = (sum(part[clock] for part in parts.values()) for clock in ("wall", "cpu"))
+        result |= {"wall": wall, "cpu": cpu, "parts": parts}
     result |= {"peak": memory("VmHWM") - before, "before": before}
     result["written"] = (output / "adapter_model.safetensors").stat().st_size
     print(json.dumps(result))
@@ -214,22 +223,26 @@ def render(result: Mapping[str, Any]) -> str:
     cases = list(dict.fromkeys(r["case"] for r in runs))
     times, memories = [], []
     for case in cases:
-        wall = median(case, case)
-        floors = {name: median(case, name) for name in FLOORS}
-        times.append(
-            [
-                case,
-                harness.seconds(wall),
-                harness.seconds(median(case, case, "cpu")),
-                *(f"{harness.seconds(x)} ({wall / x:.1f} x)" for x in floors.values()),
-            ]
-        )
+        row = [case]
+        for clock in ("wall", "cpu"):
+            taken = median(case, case, clock)
+            row.append(harness.seconds(taken))
+            for name in FLOORS:
+                least = median(case, name, clock)
+                row.append(f"{harness.seconds(least)} ({taken / least:.1f} x)")
+        times.append(row)
         peak = max(r["peak"] for r in runs if r["case"] == r["which"] == case)
         written = int(median(case, case, "written"))
         allowed = 2 * result["largest_group"] + written
         memories.append([case, *map(harness.mebibytes, (peak, written, allowed))])
-    parts = [r["parts"] for r in runs if r["which"] in FLOORS and r["which"] == "float32"]
-    share = {key: statistics.median(p[key] for p in parts) for key in parts[0]}
+    shares = []
+    for name in FLOORS:
+        parts = [r["parts"] for r in runs if r["which"] == name]
+        seconds = {key: statistics.median(p[key]["cpu"] for p in parts) for key in parts[0]}
+        told = ", ".join(f"{key} {harness.seconds(value)}" for key, value in seconds.items())
+        shares.append(f"{name}: {told}")
+    header = [f"{clock} time" for clock in ("wall", "CPU")]
+    header = [y for x in header for y in (x, *(f"floor, {name}" for name in FLOORS))]
     return "\n\n".join(
         [
             f"{result['modules']} modules ({result['blocks']} blocks of a 7B model), "
@@ -237,12 +250,8 @@ def render(result: Mapping[str, Any]) -> str:
             f"read from disk, {result['threads']} thread(s), median of {result['repeats']} "
             "repeats, each in a process of its own. Floor: reading, Gram products in the given "
             "type and writing the same bytes (and how many times the floor the merge takes).",
-            harness.table(
-                ["merge", "wall time", "CPU time", *(f"floor, {x} products" for x in FLOORS)], times
-            ),
-            "The floor's parts in float32: "
-            + ", ".join(f"{key} {harness.seconds(value)}" for key, value in share.items())
-            + " (medians over all cases).",
+            harness.table(["merge", *header], times),
+            f"CPU time of the floor's parts, medians over all cases, in {'; in '.join(shares)}.",
             "Peak memory above that of the started process, against twice the largest group of "
             f"modules of one shape ({harness.mebibytes(result['largest_group'])} stored) plus the "
             "output:",

@@ -64,7 +64,7 @@ class _SquaredDistance(torch.autograd.Function):
 
 
 class _Covector(torch.autograd.Function):
-    """The derivative of -d²/2 where it takes a search: opaque to vmap, with no derivative itself."""
+    """The derivative of -d²/2 where it takes a search: opaque to vmap, not differentiable."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, manifold: Any) -> Tensor:
