@@ -178,7 +178,8 @@ def test_report_is_checked_before_the_work(
         check_report(tmp_path / "no" / "out.html")
     assert file.read_text() == "mine"
 
-    def fail(*_: Any, **__: Any) -> str:
+    def fail(file: Path, *_: Any, **__: Any) -> None:
+        file.write_bytes(b"half a report")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
