@@ -172,7 +172,9 @@ def exact_log(
     """
     target = product(y)
     scale = norm(target).clamp(min=torch.finfo(target.dtype).tiny)
-    v = _shorten(metric, x, chordal_log(metric, x, y) if guess is None else guess)
+    # A vertical part would never be corrected: it moves no endpoint, and makes the vector too long.
+    first = chordal_log(metric, x, y) if guess is None else metric.horizontal(x, guess)
+    v = _shorten(metric, x, first)
     best = (v[0].clone(), v[1].clone())
     best_error = torch.full_like(scale, torch.inf)
     active = torch.arange(len(scale), device=scale.device)
