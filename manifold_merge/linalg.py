@@ -82,6 +82,10 @@ def principal_sqrt(x: Tensor, *, iterations: int = 40) -> tuple[Tensor, Tensor]:
     """
     r = x.shape[-1]
     eye = torch.eye(r, dtype=x.dtype, device=x.device).expand_as(x)
+    # Determinants of tiny or huge matrices leave the range of float32.
+    size = x.detach().abs().amax((-2, -1), keepdim=True)
+    size = torch.where(size.isfinite() & (size > 0), size, 1.0)
+    x = x / size
     product, root = x, x
     for step in range(iterations):
         inverse, _ = torch.linalg.inv_ex(product)
@@ -99,7 +103,7 @@ def principal_sqrt(x: Tensor, *, iterations: int = 40) -> tuple[Tensor, Tensor]:
             break
     residual = (root @ root - x).abs().amax((-2, -1))
     good = residual <= 1e3 * torch.finfo(x.dtype).eps ** 0.75 * x.abs().amax((-2, -1))
-    return torch.where(good[..., None, None], root, eye), good
+    return torch.where(good[..., None, None], size.sqrt() * root, eye), good
 
 
 def integrate(

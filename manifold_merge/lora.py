@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import geoopt
 import torch
 from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
 from manifold_merge.core import reduce_pairs, truncated_sum
-from manifold_merge.linalg import adjoint
+from manifold_merge.factor_pairs import FactorPairs
+from manifold_merge.linalg import _traced
 from manifold_merge.lora_log import (
     ALIGNED,
     CHORDAL,
@@ -22,16 +22,18 @@ from manifold_merge.lora_log import (
     chordal_log,
     exact_log_between,
     full_rank,
+    substitute_covector,
+    substitute_dist2,
 )
-from manifold_merge.lora_metrics import METRICS, Pair
-from manifold_merge.quotient import Gauge, QuotientManifold, squared_distance
+from manifold_merge.lora_metrics import METRICS
+from manifold_merge.quotient import squared_distance
 
 __all__ = ["ALIGNED", "CHORDAL", "DISTANCES", "EXACT", "LoRAQuotient"]
 
 DISTANCES = ("exact", "aligned", "chordal")
 
 
-class LoRAQuotient(QuotientManifold):
+class LoRAQuotient(FactorPairs):
     """Pairs (B, A) of rank r modulo (B, A) ~ (B G, G⁻¹A), that is, low-rank products W = B A.
 
     A point is one stacked tensor X = [B; Aᵀ] of shape ``(..., m + n, r)``, with B ``(..., m, r)``
@@ -50,8 +52,8 @@ class LoRAQuotient(QuotientManifold):
     with Q = BᵀB and P = A Aᵀ.
 
     * ``distance="exact"``: the geodesic distance, by shooting. Where shooting does not converge
-      (beyond the injectivity radius) or either point lacks full rank, the chordal construction is
-      used for that element.
+      (beyond the injectivity radius) or either point lacks full rank, a function of the chord
+      stands in for that element (:func:`manifold_merge.lora_log.substitute_dist2`).
     * ``distance="aligned"``: the closed-form inverse retraction; chordal where it does not exist.
     * ``distance="chordal"``: |W_x - W_y|_F and the horizontal lift of the projected difference.
 
@@ -85,7 +87,7 @@ class LoRAQuotient(QuotientManifold):
     """
 
     reversible = False
-    __scaling__ = QuotientManifold.__scaling__.copy()
+    __scaling__ = FactorPairs.__scaling__.copy()
 
     def __init__(
         self,
@@ -94,18 +96,11 @@ class LoRAQuotient(QuotientManifold):
         metric: str = "mixed",
         distance: str = "exact",
     ) -> None:
-        super().__init__(geoopt.Euclidean(ndim=2))
-        if out_features < 1 or in_features < 1:
-            raise ValueError(
-                f"LoRAQuotient needs positive sizes, got out_features={out_features} and "
-                f"in_features={in_features}"
-            )
+        super().__init__(out_features, in_features)
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
         if distance not in DISTANCES:
             raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
-        self.out_features = out_features
-        self.in_features = in_features
         self.metric = metric
         self.distance = distance
 
@@ -117,55 +112,6 @@ class LoRAQuotient(QuotientManifold):
     def extra_repr(self) -> str:
         """Sizes and distance, as ``repr`` shows them."""
         return f"{self.out_features}, {self.in_features}, distance={self.distance!r}"
-
-    # --- factors ---------------------------------------------------------------------------------
-
-    @__scaling__(ScalingInfo())
-    def pack(self, B: Tensor, A: Tensor) -> Tensor:
-        """Stack the factors of W = B A into a point.
-
-        Args:
-            B: ``(..., m, r)``.
-            A: ``(..., r, n)``.
-
-        Returns:
-            The point [B; Aᵀ], ``(..., m + n, r)``.
-
-        Raises:
-            ValueError: If the shapes do not fit this manifold or each other.
-        """
-        expected = f"B (..., {self.out_features}, r) and A (..., r, {self.in_features})"
-        if (
-            B.ndim < 2
-            or A.ndim < 2
-            or B.shape[-2] != self.out_features
-            or A.shape[-1] != self.in_features
-            or B.shape[-1] != A.shape[-2]
-        ):
-            raise ValueError(
-                f"pack expects {expected} of one rank r; got B {tuple(B.shape)} and "
-                f"A {tuple(A.shape)}"
-            )
-        return torch.cat((B, adjoint(A)), -2)
-
-    @__scaling__(ScalingInfo())
-    def unpack(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a point into B ``(..., m, r)`` and A ``(..., r, n)``."""
-        self._assert_check_shape(tuple(x.shape), "x")
-        b, a = self._split(x)
-        return b, adjoint(a)
-
-    @__scaling__(ScalingInfo())
-    def product(self, x: Tensor) -> Tensor:
-        """The model itself, W = B A, ``(..., m, n)``."""
-        b, a = self.unpack(x)
-        return b @ a
-
-    def _split(self, x: Tensor) -> Pair:
-        return x[..., : self.out_features, :], x[..., self.out_features :, :]
-
-    def _join(self, pair: Pair) -> Tensor:
-        return torch.cat(pair, -2)
 
     # --- Riemannian structure --------------------------------------------------------------------
 
@@ -305,35 +251,66 @@ class LoRAQuotient(QuotientManifold):
         u, path = self._log(x, y, guess, precise)
         if self.distance == "chordal":
             return chordal_distance(self._split(x), self._split(y)) ** 2, u, path
-        squared = self.inner(x, u)
-        if self.distance == "aligned":  # symmetric in x and y
-            squared = 0.5 * (squared + self.inner(y, self._log(y, x)[0]))
-        elif self.metric != "invariant" and bool((path == CHORDAL).any()):
-            chord = chordal_distance(self._split(x), self._split(y)) ** 2
-            squared = torch.where(path == CHORDAL, chord, squared)
+        chord = substitute_dist2(METRICS[self.metric], self._split(x), self._split(y))
+        if self.distance == "exact":
+            return torch.where(path == CHORDAL, chord, self.inner(x, u)), u, path
+        # Symmetric in x and y, and the substitute where either direction is missing.
+        back, path_back = self._log(y, x)
+        there, good = u, ((path == ALIGNED) & (path_back == ALIGNED))
+        if x.requires_grad or y.requires_grad or _traced(x):
+            # What is not selected would enter derivatives if it were not finite.
+            one = self.origin(*x.shape, dtype=x.dtype, device=x.device).as_subclass(Tensor)
+            x, y = (torch.where(good[..., None, None], z, one) for z in (x, y))
+            there, back = self._log(x, y)[0], self._log(y, x)[0]
+        squared = 0.5 * (self.inner(x, there) + self.inner(y, back))
+        squared = torch.where(good, squared, chord)
         return squared, u, path
 
     def _dist2(self, x: Tensor, y: Tensor) -> Tensor:
         """Squared distance without gradient, symmetric in x and y."""
-        there, _, path_there = self._dist2_logmap_path(x, y)
-        if self.distance != "exact":
-            return there
-        # Beyond the injectivity radius shooting from either side may find another geodesic, or
-        # none: the shorter one counts, and a chord only where neither side found any.
-        back, _, path_back = self._dist2_logmap_path(y, x)
-        chord_there, chord_back = path_there == CHORDAL, path_back == CHORDAL
-        shorter = torch.minimum(there, back)
-        return torch.where(
-            chord_there == chord_back, shorter, torch.where(chord_there, back, there)
-        )
+        return self._shorter(x, y)[0]
 
     def _dist2_covector(self, x: Tensor, y: Tensor) -> Tensor:
-        chord = self._join(chordal_covector(self._split(x), self._split(y)))
+        metric, px, py = METRICS[self.metric], self._split(x), self._split(y)
         if self.distance == "chordal":
-            return chord
-        u, path = self._log(x, y)
-        exact = self._join(METRICS[self.metric].covector(self._split(x), self._split(u)))
+            return self._join(chordal_covector(px, py))
+        _, u, path = self._shorter(x, y)
+        exact = self._join(metric.covector(px, self._split(u)))
+        # Raising and lowering the index would lose what leaves the stratum of a deficient pair.
+        chord = self._join(substitute_covector(metric, px, py))
         return torch.where((path == CHORDAL)[..., None, None], chord, exact)
+
+    def _shorter(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Squared distance, its logarithm at x and the path code, symmetric in x and y.
+
+        Beyond the injectivity radius shooting from either end may find another geodesic, or none:
+        the shorter one counts, and a chord only where neither end found any.
+        """
+        there, u, path = self._dist2_logmap_path(x, y)
+        if self.distance != "exact":
+            return there, u, path
+        back, w, path_back = self._dist2_logmap_path(y, x)
+        # Lengths that differ by rounding alone are equal; |X/2|² is the square of a size of 1.
+        eps = torch.finfo(there.dtype).eps
+        rounding = eps**0.5 * there + eps * self.inner(x, x / 2)
+        found = (path == EXACT) & (path_back == EXACT)
+        turn = (path == CHORDAL) & (path_back == EXACT)
+        turn = torch.where(found, back < there - rounding, turn)
+        if bool(turn.any()):
+            u = torch.where(turn[..., None, None], self._reversed(x, y, w, back), u)
+        return torch.where(turn, back, there), u, torch.where(turn, EXACT, path)
+
+    def _reversed(self, x: Tensor, y: Tensor, w: Tensor, squared: Tensor) -> Tensor:
+        """The logarithm at x of the geodesic that leaves y along w and has this squared length."""
+        bit, kind = 1e-5, x.dtype
+        x, y = _broadcast(x, y)
+        x, y, w = (z.to(_working_type(z)) for z in (x, y, w))
+        # Its last bit, seen from x, is the guess for shooting.
+        almost = self._split(self.expmap(y, (1 - bit) * w))
+        guess = self._join(chordal_log(METRICS[self.metric], self._split(x), almost)) / bit
+        shot, good = self._exact_log(x, y, guess, True)
+        good = good & ((self.inner(x, shot) - squared).abs() <= 1e-6 * squared)
+        return torch.where(good[..., None, None], shot, guess).to(kind)
 
     def _log(
         self, x: Tensor, y: Tensor, guess: Tensor | None = None, precise: bool = True
@@ -353,6 +330,8 @@ class LoRAQuotient(QuotientManifold):
             path = torch.where(good, ALIGNED, path)
         elif self.distance == "exact":
             exact, good = self._exact_log(x, y, guess, precise)
+            # The gradient of -½ d² on either path, so that mixed paths have one objective.
+            u = self._join(metric.gradient(px, substitute_covector(metric, px, py)))
             u = torch.where(good[..., None, None], exact, u)
             path = torch.where(good, EXACT, path)
         return u, path
@@ -363,8 +342,7 @@ class LoRAQuotient(QuotientManifold):
     ) -> tuple[Tensor, Tensor]:
         """Shooting on a flat batch in float64; says where it succeeded."""
         flat = [z.reshape(-1, *x.shape[-2:]) for z in (x, y)]
-        # Geodesics need more digits than float32 has if their errors are not to add up.
-        work = x.dtype if x.device.type == "mps" else torch.float64
+        work = _working_type(x)
         px, py = (self._split(z.to(work)) for z in flat)
         start = None if guess is None else self._split(guess.reshape(flat[0].shape).to(work))
         pair, good = exact_log_between(METRICS[self.metric], px, py, guess=start, precise=precise)
@@ -378,92 +356,11 @@ class LoRAQuotient(QuotientManifold):
         aligned, good = aligned_representative(METRICS[self.metric], self._split(x), self._split(y))
         return torch.where(good[..., None, None], self._join(aligned), y)
 
-    @__scaling__(ScalingInfo())
-    def random_gauge(
-        self, x: Tensor, *, generator: torch.Generator | None = None, condition: float = 10.0
-    ) -> Gauge:
-        """Draw G in GL(r) and return its action, X = [B; Aᵀ] -> [B G; Aᵀ G⁻ᵀ].
-
-        Args:
-            x: Point, ``(..., m + n, r)``.
-            generator: Source of randomness.
-            condition: Condition number of each G.
-
-        Returns:
-            A function from ``(..., m + n, r)`` to ``(..., m + n, r)``.
-        """
-        r = x.shape[-1]
-        like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
-        left, right = (
-            torch.linalg.qr(torch.randn(*x.shape[:-2], r, r, generator=generator, **like))[0]
-            for _ in range(2)
-        )
-        spread = torch.logspace(-0.5, 0.5, r, base=condition, **like)
-        gauge = left * spread @ right
-        inverse_adjoint = left / spread @ right
-        return lambda z: self._join(
-            (self._split(z)[0] @ gauge, self._split(z)[1] @ inverse_adjoint)
-        )
-
-    @__scaling__(ScalingInfo())
-    def random_vertical(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw M and return the vertical vector [B M; -Aᵀ Mᵀ], ``(..., m + n, r)``."""
-        r = x.shape[-1]
-        m = torch.randn(*x.shape[:-2], r, r, generator=generator, dtype=x.dtype, device=x.device)
-        b, a = self._split(x)
-        return self._join((b @ m, -a @ adjoint(m)))
-
     # --- points ----------------------------------------------------------------------------------
 
     def projx(self, x: Tensor) -> Tensor:
         """Return a finite array as it is: pairs are an open set, and gauges must not move."""
         return x
-
-    @__scaling__(ScalingInfo())
-    def random(
-        self, *size: int, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any
-    ) -> geoopt.ManifoldTensor:
-        """Draw factors with independent entries, W having entries of variance 1.
-
-        Args:
-            size: Shape of the point, ``(..., m + n, r)``.
-            dtype: Floating-point type.
-            device: Device.
-            kwargs: ``generator``, a source of randomness.
-
-        Returns:
-            A point, ``(..., m + n, r)``.
-        """
-        shape = geoopt.utils.size2shape(*size)
-        self._assert_check_shape(shape, "x")
-        x = torch.randn(shape, dtype=dtype, device=device, **kwargs) / shape[-1] ** 0.25
-        return geoopt.ManifoldTensor(x, manifold=self)
-
-    @__scaling__(ScalingInfo())
-    def origin(
-        self,
-        *size: int,
-        dtype: torch.dtype | None = None,
-        device: Any = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        """The partial identity W = I_r, a fixed point of the right shape, ``(..., m + n, r)``."""
-        shape = geoopt.utils.size2shape(*size)
-        self._assert_check_shape(shape, "x")
-        r = shape[-1]
-        b, a = (
-            torch.eye(k, r, dtype=dtype, device=device)
-            for k in (self.out_features, self.in_features)
-        )
-        return geoopt.ManifoldTensor(self._join((b, a)).expand(shape).clone(), manifold=self)
-
-    def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
-        m, n = self.out_features, self.in_features
-        if len(shape) < 2 or shape[-2] != m + n:
-            return False, f"`{name}` should have shape (..., {m} + {n}, r), got {tuple(shape)}"
-        if not 1 <= shape[-1] <= min(m, n):
-            return False, f"`{name}` should have rank 1 <= r <= {min(m, n)}, got r = {shape[-1]}"
-        return True, None
 
     def _check_point_on_manifold(
         self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
@@ -557,6 +454,11 @@ class LoRAQuotient(QuotientManifold):
         return chordal_distance(px, py) / chordal_distance(px, zero).clamp(
             min=torch.finfo(x.dtype).tiny
         )
+
+
+def _working_type(x: Tensor) -> torch.dtype:
+    """Geodesics need more digits than float32 has if their errors are not to add up."""
+    return x.dtype if x.device.type == "mps" else torch.float64
 
 
 def _broadcast(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from manifold_merge.linalg import adjoint, hermitian_pinv, principal_sqrt
+from manifold_merge.linalg import _traced, adjoint, hermitian_pinv, principal_sqrt
 from manifold_merge.lora_metrics import METRICS, LoRAMetric, Pair
 
 __all__ = [
@@ -32,6 +32,8 @@ __all__ = [
     "exact_log",
     "exact_log_between",
     "full_rank",
+    "substitute_covector",
+    "substitute_dist2",
 ]
 
 EXACT, ALIGNED, CHORDAL = 0, 1, 2
@@ -104,6 +106,49 @@ def chordal_distance(x: Pair, y: Pair) -> Tensor:
     return norm((upper_b * sign) @ adjoint(upper_a))
 
 
+def substitute_dist2(metric: LoRAMetric, x: Pair, y: Pair) -> Tensor:
+    """Squared distance where no geodesic is known, of the batch shape: a function of the chord.
+
+    |W_x - W_y|² in the metrics that grow with W. The invariant metric does not, nor does its
+    substitute r |W_x - W_y|² / (|W_x|² + |W_y|²): it agrees with the metric for multiples of one
+    matrix, to second order in their ratio, and is at most 2r.
+    """
+    # Products of Gram matrices have the derivatives, and cancel where W_x and W_y are close.
+    grams = _squared_size(x) + _squared_size(y) - 2 * _inner(x, y)
+    with torch.no_grad():
+        exact = chordal_distance(x, y) ** 2 - grams
+    chord = grams + exact
+    if metric.name != "invariant":
+        return chord
+    size = _squared_size(x) + _squared_size(y)
+    return x[0].shape[-1] * chord / torch.where(size > 0, size, 1.0)
+
+
+def substitute_covector(metric: LoRAMetric, x: Pair, y: Pair) -> Pair:
+    """Euclidean derivative at x of -½ :func:`substitute_dist2`."""
+    chord = chordal_covector(x, y)
+    if metric.name != "invariant":
+        return chord
+    size = _squared_size(x) + _squared_size(y)
+    size = torch.where(size > 0, size, 1.0)[..., None, None]
+    share = chordal_distance(x, y)[..., None, None] ** 2 / size
+    (b, a), factor = x, x[0].shape[-1] / size
+    return (
+        factor * (chord[0] + share * b @ (adjoint(a) @ a)),
+        factor * (chord[1] + share * a @ (adjoint(b) @ b)),
+    )
+
+
+def _inner(x: Pair, y: Pair) -> Tensor:
+    """<W_x, W_y> of the batch shape."""
+    return ((adjoint(x[0]) @ y[0]) * (adjoint(x[1]) @ y[1])).sum((-2, -1))
+
+
+def _squared_size(x: Pair) -> Tensor:
+    """|W|² of the batch shape."""
+    return _inner(x, x)
+
+
 def aligned_representative(metric: LoRAMetric, x: Pair, y: Pair) -> tuple[Pair, Tensor]:
     """The representative of y whose difference from x is horizontal, in closed form.
 
@@ -115,6 +160,23 @@ def aligned_representative(metric: LoRAMetric, x: Pair, y: Pair) -> tuple[Pair, 
         The representative, and a boolean of the batch shape: false where no principal square root
         exists, and there the representative is y itself.
     """
+    with torch.no_grad():
+        aligned, good = _horizontal_difference(metric, x, y)
+    if any(z.requires_grad for z in (*x, *y)) or _traced(x[0]):
+        # What is not finite would enter derivatives even where it is not selected.
+        aligned, _ = _horizontal_difference(metric, _safe(good, x), _safe(good, y))
+    keep = good[..., None, None]
+    return (torch.where(keep, aligned[0], y[0]), torch.where(keep, aligned[1], y[1])), good
+
+
+def _safe(good: Tensor, x: Pair) -> Pair:
+    """x, with partial identities in place of the elements that are not good."""
+    eyes = (torch.eye(*z.shape[-2:], dtype=z.dtype, device=z.device) for z in x)
+    b, a = (torch.where(good[..., None, None], z, eye) for z, eye in zip(x, eyes, strict=True))
+    return b, a
+
+
+def _horizontal_difference(metric: LoRAMetric, x: Pair, y: Pair) -> tuple[Pair, Tensor]:
     # The result does not depend on the gauges, its rounding does: work in balanced ones. As
     # constants they take no part in derivatives, which they do not change either.
     (to_b, to_a), (back_b, back_a) = _balancing_gauge(x)
@@ -133,8 +195,7 @@ def aligned_representative(metric: LoRAMetric, x: Pair, y: Pair) -> tuple[Pair, 
     inverse = torch.linalg.inv_ex(gauge)[0]
     aligned = (by @ gauge @ back_b, ay @ adjoint(inverse) @ back_a)
     good = good & aligned[0].isfinite().all(-1).all(-1) & aligned[1].isfinite().all(-1).all(-1)
-    keep = good[..., None, None]
-    return (torch.where(keep, aligned[0], y[0]), torch.where(keep, aligned[1], y[1])), good
+    return aligned, good
 
 
 @torch.no_grad()
@@ -170,18 +231,41 @@ def exact_log(
     Returns:
         The tangent vectors and a boolean ``(k,)`` that says where the iteration converged.
     """
+    # A vertical part would never be corrected: it moves no endpoint, and makes the vector too long.
+    v = chordal_log(metric, x, y) if guess is None else metric.horizontal(x, guess)
+    error = torch.full_like(x[0][:, 0, 0], torch.inf)
+    if metric.is_integrated:
+        # Most shots are far off and a coarse integration serves them. Each pass treats each
+        # element as if it were alone, so that a batch changes no answer.
+        v, error = _shoot(metric, x, y, v, goal=COARSE_ERROR, fine=False)
+    near = (error <= COARSE_ERROR).nonzero()[:, 0] if metric.is_integrated else None
+    if precise or near is None:
+        rows = torch.arange(len(error), device=error.device) if near is None else near
+        start = _take(v, rows)
+        goal = tolerance if precise else COARSE_ERROR
+        fine, fine_error = _shoot(metric, _take(x, rows), _take(y, rows), start, goal=goal)
+        v = (v[0].index_put((rows,), fine[0]), v[1].index_put((rows,), fine[1]))
+        error = torch.full_like(error, torch.inf).index_put((rows,), fine_error)
+    # The last digit costs many shots and is worth nothing; a solution to 1e3 tolerances is one.
+    return v, error <= (1e3 * tolerance if precise else COARSE_ERROR)
+
+
+def _shoot(
+    metric: LoRAMetric, x: Pair, y: Pair, start: Pair, *, goal: float, fine: bool = True
+) -> tuple[Pair, Tensor]:
+    """The vectors of the least relative endpoint errors met on the way to ``goal``, and these."""
     target = product(y)
     scale = norm(target).clamp(min=torch.finfo(target.dtype).tiny)
-    # A vertical part would never be corrected: it moves no endpoint, and makes the vector too long.
-    first = chordal_log(metric, x, y) if guess is None else metric.horizontal(x, guess)
-    v = _shorten(metric, x, first)
+    v = _shorten(metric, x, start)
     best = (v[0].clone(), v[1].clone())
     best_error = torch.full_like(scale, torch.inf)
     active = torch.arange(len(scale), device=scale.device)
     stale = torch.zeros_like(active)
+    # More differences than dimensions would make the secant equations singular.
+    r = x[0].shape[-1]
+    window = max(1, min(ANDERSON_WINDOW, r * (x[0].shape[-2] + x[1].shape[-2] - r)))
     history: list[tuple[Tensor, Tensor]] = []
-    fine = False
-    for _ in range(MAX_SHOTS):
+    for _ in range(MAX_SHOTS if len(active) else 0):
         here, there = _take(x, active), _take(y, active)
         # No minimising geodesic is that fast, and integrating it would cost the most of all.
         over = (metric.speed(here, v) / metric.speed_limit).clamp(min=1.0)[..., None, None]
@@ -189,16 +273,8 @@ def exact_log(
         endpoint = metric.exponential(here, v, fine=fine)
         error = norm(product(endpoint) - target[active]) / scale[active]
         error = torch.where(error.isfinite(), error, torch.inf)
-        if precise and not fine and bool((error < COARSE_ERROR).all()):
-            # All are as close as a coarse integration can tell: from here on integrate finely.
-            fine, history = True, []
-            best_error, stale = torch.full_like(best_error, torch.inf), torch.zeros_like(stale)
-            continue
         better = error < best_error[active]
-        advanced = error < 0.9 * best_error[active]
-        if not fine:  # elements that are done coarsely wait for the others
-            advanced = advanced | (error < COARSE_ERROR)
-        stale = torch.where(advanced, 0, stale + 1)
+        stale = torch.where(error < 0.9 * best_error[active], 0, stale + 1)
         best[0][active], best[1][active] = _where(better, v, _take(best, active))
         best_error[active] = torch.minimum(error, best_error[active])
         residual = metric.shooting_residual(here, v, endpoint, there, chordal_log)
@@ -206,20 +282,18 @@ def exact_log(
         broken = ~(error.isfinite() & residual[0].isfinite().all(-1).all(-1))
         # An element that left the domain restarts from half its vector.
         residual = _where(broken, (-0.5 * v[0], -0.5 * v[1]), residual)
-        history = [*history[-ANDERSON_WINDOW:], (_flatten(v), _flatten(residual))]
+        history = [*history[-window:], (_flatten(v), _flatten(residual))]
         accelerated = _anderson(history, here)
         plain = (v[0] + residual[0], v[1] + residual[1])
         v = _where((error < ACCELERATE_BELOW) & ~broken, accelerated, plain)
 
-        goal = tolerance if fine else COARSE_ERROR if not precise else 0.0
         going = (error > goal) & (stale < PATIENCE)
         if not bool(going.any()):
             break
         if not bool(going.all()):
             active, stale, v = active[going], stale[going], _take(v, going)
             history = [(a[going], b[going]) for a, b in history]
-    # The last digit costs many shots and is worth nothing; a solution to 1e3 tolerances is one.
-    return best, best_error <= (1e3 * tolerance if precise else COARSE_ERROR)
+    return best, best_error
 
 
 def exact_log_between(
@@ -262,9 +336,16 @@ def exact_log_between(
             torch.linalg.solve(back[1], adjoint(frames[1]) @ pair[1], left=False),
         )
     tolerance = 10 * x[0].shape[-1] * torch.finfo(x[0].dtype).eps
+    # Size separates exactly from direction, so that shooting only has to find the direction.
+    ratio = norm(product(small_y)) / norm(product(small_x))
+    if start is not None:
+        start = metric.at_equal_size(balanced, start, ratio)
+    root = ratio.sqrt()[..., None, None]
+    equal = tuple(part / root for part in balance(small_y)[0])
     v, converged = exact_log(
-        metric, balanced, balance(small_y)[0], tolerance=tolerance, guess=start, precise=precise
+        metric, balanced, (equal[0], equal[1]), tolerance=tolerance, guess=start, precise=precise
     )
+    v = metric.at_size(balanced, v, ratio)
     exact = (frames[0] @ v[0] @ back[0], frames[1] @ v[1] @ back[1])
     for part in exact:
         converged = converged & part.isfinite().all(-1).all(-1)

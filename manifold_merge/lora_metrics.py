@@ -44,6 +44,7 @@ class LoRAMetric(abc.ABC):
 
     name: str
     speed_limit = math.inf  # of a minimising geodesic, in the units of `speed`
+    is_integrated = False  # whether `fine` makes a difference to `exponential`
 
     @abc.abstractmethod
     def covector(self, x: Pair, u: Pair) -> Pair:
@@ -63,6 +64,17 @@ class LoRAMetric(abc.ABC):
 
         With ``fine=False`` an integrated geodesic is only accurate to about 1e-6.
         """
+
+    @abc.abstractmethod
+    def at_size(self, x: Pair, u: Pair, ratio: Tensor) -> Pair:
+        """log_x(c y) from ``u`` = log_x(y), exactly; c > 0 is ``ratio``, of the batch shape.
+
+        docs/mathematics.md, *Scaling*.
+        """
+
+    @abc.abstractmethod
+    def at_equal_size(self, x: Pair, u: Pair, ratio: Tensor) -> Pair:
+        """log_x(y) from ``u`` = log_x(c y): the inverse of :meth:`at_size`."""
 
     def inner(self, x: Pair, u: Pair, v: Pair) -> Tensor:
         """g(u, v), of shape ``(..., 1, 1)``."""
@@ -110,6 +122,18 @@ class _IntegratedMetric(LoRAMetric):
 
     # From rank loss to rank loss a factor turns by at most a right angle while it is scaled.
     speed_limit = 4.0
+    is_integrated = True
+
+    # Both metrics are cones: W -> c W multiplies lengths by c, and rays are geodesics.
+    @override
+    def at_size(self, x: Pair, u: Pair, ratio: Tensor) -> Pair:
+        c = ratio[..., None, None]
+        return c * u[0] + (c - 1) / 2 * x[0], c * u[1] + (c - 1) / 2 * x[1]
+
+    @override
+    def at_equal_size(self, x: Pair, u: Pair, ratio: Tensor) -> Pair:
+        c = ratio[..., None, None]
+        return (u[0] - (c - 1) / 2 * x[0]) / c, (u[1] - (c - 1) / 2 * x[1]) / c
 
     @staticmethod
     @abc.abstractmethod
@@ -117,6 +141,19 @@ class _IntegratedMetric(LoRAMetric):
         """Right-hand side of the geodesic equation, (B̈, Ä), in coefficients ``(..., 2r, r)``."""
 
     def exponential(self, x: Pair, u: Pair, *, fine: bool = True) -> Pair:
+        # In the flat sector of the cone between x and its geodesic, the end has size |E + u|/|E|,
+        # E = X/2. Integrating to the size of x instead stays clear of the apex and of long ways.
+        ray = x[0] / 2, x[1] / 2
+        moved = ray[0] + u[0], ray[1] + u[1]
+        length = self.inner(x, ray, ray)
+        known = length > 0
+        c = (self.inner(x, moved, moved) / torch.where(known, length, 1.0)).clamp(min=0)
+        c = torch.where(known & (c > 0), c, 1.0).sqrt()
+        end = self._integrated(x, self.at_equal_size(x, u, c[..., 0, 0]), fine=fine)
+        root = c.sqrt()
+        return root * end[0], root * end[1]
+
+    def _integrated(self, x: Pair, u: Pair, *, fine: bool) -> Pair:
         r = x[0].shape[-1]
         bases = [torch.cat((y, v), -1) for y, v in zip(x, u, strict=True)]
         grams = [adjoint(basis) @ basis for basis in bases]
@@ -233,6 +270,16 @@ class InvariantMetric(LoRAMetric):
     """
 
     name = "invariant"
+
+    # A cylinder: W -> c W is an isometry, and rays are geodesics of unit relative speed.
+    @override
+    def at_size(self, x: Pair, u: Pair, ratio: Tensor) -> Pair:
+        half = ratio.log()[..., None, None] / 2
+        return u[0] + half * x[0], u[1] + half * x[1]
+
+    @override
+    def at_equal_size(self, x: Pair, u: Pair, ratio: Tensor) -> Pair:
+        return self.at_size(x, u, 1 / ratio)
 
     @override
     def covector(self, x: Pair, u: Pair) -> Pair:

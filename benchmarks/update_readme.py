@@ -1,0 +1,57 @@
+"""Put the tables of the last runs, ``results/*.json``, into ``README.md``.
+
+    python benchmarks/update_readme.py          # rewrite the README
+    python benchmarks/update_readme.py --check  # fail if that would change it
+
+The README holds a pair of comments for each result, ``<!-- NAME -->`` and ``<!-- /NAME -->``. What
+stands between them is what the script that wrote the result prints; nothing is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+from pathlib import Path
+
+import harness
+
+README = Path(__file__).resolve().parent / "README.md"
+# The script whose ``render`` turns a result into Markdown, where it is not the result's name.
+SCRIPTS = {"score_bench_val": "score_bench", "score_bench_test": "score_bench"}
+
+
+def filled(text: str, results: Path) -> str:
+    """The README with every section renewed."""
+
+    def section(match: re.Match[str]) -> str:
+        name = match["name"]
+        file = results / f"{name}.json"
+        if not file.exists():
+            body = "Not run yet."
+        else:
+            script = importlib.import_module(SCRIPTS.get(name, name))
+            body = script.render(json.loads(file.read_text("utf-8")))
+        return f"<!-- {name} -->\n\n{body}\n\n<!-- /{name} -->"
+
+    pattern = r"<!-- (?P<name>\w+) -->.*?<!-- /(?P=name) -->"
+    return re.sub(pattern, section, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    """Rewrite or check."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    options = parser.parse_args()
+    before = README.read_text("utf-8")
+    after = filled(before, harness.RESULTS)
+    if options.check:
+        if before != after:
+            raise SystemExit(f"{README.name} is not what the results say: run without --check")
+        return
+    README.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
