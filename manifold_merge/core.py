@@ -27,7 +27,7 @@ class ColumnSpan:
     and Q is never formed: Q c = X (R⁻¹ c). R comes from the Gram matrix of X, in float64, with
     columns scaled to unit length, which is many times faster than reflections on matrices of
     thousands of rows. Its error grows with the square of the condition number, so that is bounded
-    first (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, section 20.7), and
+    first (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, section 20.4), and
     Householder QR, which needs no rank decision, takes over where the bound is too high, exactly
     repeated columns included. Where K is no less than the number of rows, the coordinates are the
     matrices themselves.

@@ -110,7 +110,8 @@ def lifted_mean(
         (left[..., :count] * root[..., :count], adjoint(right)[..., :count] * root[..., :count]), -2
     )
     mean = torch.nn.functional.pad(mean, (0, rank - count))
-    objective = 2 * radius * (radius - kept)
+    # The mean of anchors that cancel is put to zero, at distance n̄ from each on average.
+    objective = torch.where(cancelled, radius.square(), 2 * radius * (radius - kept))
     return FrechetSolution(
         point=restore(mean),
         objective=objective,

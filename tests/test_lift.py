@@ -160,6 +160,8 @@ def test_opposite_anchors_cancel_and_say_so():
     solution = lifted_mean(manifold, [x, opposite])
     assert not solution.point.any()
     assert (solution.status == Status.CANCELLED).all()
+    squares = torch.stack([manifold.product(z).square().sum((-2, -1)) for z in (x, opposite)])
+    torch.testing.assert_close(solution.objective, squares.mean(0))
     assert "opposite anchors cancel" in solution.message
 
 
