@@ -12,6 +12,7 @@ from torch import Tensor
 from manifold_merge.core import reduce_pairs, truncated_sum
 from manifold_merge.factor_pairs import FactorPairs
 from manifold_merge.linalg import _traced
+from manifold_merge.lora_hessian import ehess2rhess
 from manifold_merge.lora_log import (
     ALIGNED,
     CHORDAL,
@@ -158,6 +159,23 @@ class LoRAQuotient(FactorPairs):
             The horizontal lift of the gradient, ``(..., m + n, r)``.
         """
         return self._join(METRICS[self.metric].gradient(self._split(x), self._split(u)))
+
+    @__scaling__(ScalingInfo())
+    def ehess2rhess(self, x: Tensor, egrad: Tensor, ehess: Tensor, u: Tensor) -> Tensor:
+        """Riemannian Hessian along ``u``, connection included, from Euclidean derivatives.
+
+        Args:
+            x: Point of full rank, ``(..., m + n, r)``.
+            egrad: Euclidean gradient at ``x`` of a function of W, ``(..., m + n, r)``.
+            ehess: Its directional derivative along ``u``, ``(..., m + n, r)``.
+            u: Horizontal vector at ``x``, ``(..., m + n, r)``.
+
+        Returns:
+            A horizontal vector, ``(..., m + n, r)``.
+
+        Source: :mod:`manifold_merge.lora_hessian`.
+        """
+        return ehess2rhess(self, x, egrad, ehess, u)
 
     @__scaling__(ScalingInfo(u=-1))
     def retr(self, x: Tensor, u: Tensor) -> Tensor:

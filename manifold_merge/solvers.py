@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,14 @@ import geoopt
 import torch
 from torch import Tensor
 
+from manifold_merge.accurate import (
+    dist2_logmap,
+    has_logmap,
+    inner,
+    norm,
+    unit_length,
+    weighted_sum,
+)
 from manifold_merge.quotient import QuotientManifold
 from manifold_merge.solution import FrechetSolution, Status
 
@@ -23,7 +32,7 @@ ROUGH = 1e-3
 def closed_form_of(manifold: geoopt.Manifold) -> Callable[..., Tensor] | None:
     """The function (points, weights, rank) -> mean, where the manifold has one."""
     if isinstance(manifold, geoopt.Euclidean):
-        return lambda points, weights, rank: (_spread(weights, points) * points).sum(0)
+        return lambda points, weights, rank: weighted_sum(weights, points)
     if isinstance(manifold, QuotientManifold) and manifold.has_closed_form_mean:
         return manifold.closed_form_mean
     return None
@@ -44,6 +53,8 @@ class _State:
     direction: Tensor
     scale: Tensor  # root mean squared distance of the anchors: the yardstick of the tolerance
     logs: Tensor  # (L, k, *point), the logarithms that the direction was made of
+    stiffness: Tensor  # the gradient of the cost is -stiffness * direction
+    floor: Tensor  # a gradient that rounding explains
 
     def rows(self, index: Tensor) -> _State:
         return _State(*(value[index] for value in vars(self).values()))
@@ -65,6 +76,15 @@ class Problem:
     tolerance: float
     max_iterations: int
 
+    @functools.cached_property
+    def floor(self) -> Tensor:
+        """Gradient norms that are round-off, ``(L,)``: copies of one point have a mean too."""
+        if not self.tolerance:
+            return torch.zeros_like(self.weights[0])
+        tangent = self.manifold.proju(self.points, self.points)
+        size = norm(self.manifold, self.points, tangent).amax(0).nan_to_num(0.0)
+        return 100 * torch.finfo(size.dtype).eps * (size + unit_length(self.manifold))
+
     def evaluate(
         self,
         x: Tensor,
@@ -74,24 +94,30 @@ class Problem:
     ) -> _State:
         """Objective and descent direction at ``x``, ``(L', *point)``, of the elements ``rows``."""
         weights = self.weights if rows is None else self.weights[:, rows]
+        floor = self.floor if rows is None else self.floor[rows]
         squared, logs = self._dist2_logs(x, rows, guess, precise)
         scale = (weights.abs() * squared.clamp(min=0)).sum(0).sqrt()
         if self.p == 2:
-            direction = (_spread(weights, logs) * logs).sum(0)
+            direction = weighted_sum(weights, logs)
             objective = (weights * squared).sum(0)
-            gradient_norm = self.manifold.norm(x, direction)
-            return _State(x, objective, gradient_norm, direction, scale, logs.movedim(0, 1))
+            size, one = norm(self.manifold, x, direction), torch.ones_like(objective)
+            return _State(x, objective, size, direction, scale, logs.movedim(0, 1), one, floor)
         distances = squared.clamp(min=0).sqrt()
         pull, here = _median_pull(weights, distances)
-        direction = (_spread(pull, logs) * logs).sum(0)
+        direction = weighted_sum(pull, logs)
         # An anchor at x balances any pull up to its own weight (Kuhn 1973).
         balanced = (weights * here).sum(0)
-        excess = (self.manifold.norm(x, direction) - balanced).clamp(min=0)
+        excess = (norm(self.manifold, x, direction) - balanced).clamp(min=0)
         total = pull.sum(0)
         direction = direction / _spread(torch.where(total > 0, total, 1.0), direction)
         # The median's gradient has no unit; scaling makes it comparable with that of the mean.
         objective = (weights * distances).sum(0)
-        return _State(x, objective, excess * scale, direction, scale, logs.movedim(0, 1))
+        logs = logs.movedim(0, 1)
+        return _State(x, objective, excess * scale, direction, scale, logs, total, floor)
+
+    def cost(self, state: _State) -> Tensor:
+        """½ Σ wᵢ dᵢ² or Σ wᵢ dᵢ, whose gradient is ``-stiffness * direction``."""
+        return 0.5 * state.objective if self.p == 2 else state.objective
 
     def _dist2_logs(
         self,
@@ -101,22 +127,23 @@ class Problem:
         precise: bool = True,
     ) -> tuple[Tensor, Tensor]:
         points = self.points if rows is None else self.points[:, rows]
-        stacked = x.expand(len(points), *x.shape)
         if isinstance(self.manifold, QuotientManifold):
+            stacked = x.expand(len(points), *x.shape)
             return self.manifold.dist2_logmap(stacked, points, guess=guess, precise=precise)
-        logs = self.manifold.logmap(stacked, points)
-        return self.manifold.inner(stacked, logs), logs
+        return dist2_logmap(self.manifold, x[None], points)
 
     def starts(self, which: str) -> list[Tensor]:
         """Starting points; the set is the same for any order of the anchors."""
         symmetric = None
-        if isinstance(self.manifold, QuotientManifold):
+        if hasattr(self.manifold, "start_mean"):
             symmetric = self.manifold.start_mean(self.points, self.weights, self.rank)
         same_shape = symmetric is None or symmetric.shape == self.points[0].shape
         if which == "anchors" and not same_shape:
             raise ValueError(
                 "starts='anchors': the anchors do not have the rank of the mean; leave out `rank`"
             )
+        if symmetric is not None and not bool(symmetric.isfinite().all()):
+            symmetric = None  # opposite points of a sphere, for one, have no mean direction
         anchors = list(self.points) if which == "anchors" or symmetric is None else []
         if symmetric is None and which == "auto":
             best = torch.stack([self.evaluate(x).objective for x in anchors]).argmin(0)
@@ -136,6 +163,8 @@ class Problem:
                 squared, _ = self._dist2_logs(mean)
                 pull, _ = _median_pull(self.weights, squared.clamp(min=0).sqrt())
                 total = pull.sum(0)
+                # At an anchor that outweighs the others' pull, a step without it would lead away.
+                status = torch.where(self.stationary(self.evaluate(mean)), Status.CONVERGED, status)
                 running = (status == Status.MAX_ITERATIONS) & (total > 0)
                 new = form(self.points, pull / torch.where(total > 0, total, 1.0), self.rank)
                 scale = (self.weights * squared.clamp(min=0)).sum(0).sqrt()
@@ -145,13 +174,15 @@ class Problem:
                 status = torch.where(still | (total <= 0), Status.CONVERGED, status)
                 if bool((status == Status.CONVERGED).all()):
                     break
-        return self._solution(self.evaluate(mean), count, status)
+        return self.solution(self.evaluate(mean), count, status)
 
-    def best_of(self, starts: list[Tensor]) -> FrechetSolution:
-        """Karcher's iteration from each start; each element keeps its least objective."""
-        best = self._karcher(starts[0])
+    def best_of(
+        self, starts: list[Tensor], run: Callable[[Tensor], FrechetSolution]
+    ) -> FrechetSolution:
+        """Iterate from each start; each element keeps its least objective."""
+        best = run(starts[0])
         for x in starts[1:]:
-            other = self._karcher(x)
+            other = run(x)
             take = other.objective < best.objective
             best = dataclasses.replace(
                 best,
@@ -163,7 +194,7 @@ class Problem:
             )
         return best
 
-    def _karcher(self, x: Tensor) -> FrechetSolution:
+    def karcher(self, x: Tensor) -> FrechetSolution:
         """Karcher's iteration x ← exp_x(t Σ wᵢ log_x xᵢ), t halved until the objective decreases.
 
         Logarithms that have to be searched for are searched roughly while the iterate is far from
@@ -184,7 +215,7 @@ class Problem:
             if len(refine):
                 self._refine(state, refine)
                 precise[refine] = True
-            status[running & precise & self._stationary(state)] = Status.CONVERGED
+            status[running & precise & self.stationary(state)] = Status.CONVERGED
             rows = (status == Status.MAX_ITERATIONS).nonzero()[:, 0]
             if not len(rows) or iteration == self.max_iterations:
                 break
@@ -199,15 +230,16 @@ class Problem:
                 else:  # rough logarithms may stall by their own error: look again, exactly
                     self._refine(state, part[~moved])
                     precise[part[~moved]] = True
-        return self._solution(state, count, status)
+        return self.solution(state, count, status)
 
     def _refine(self, state: _State, rows: Tensor) -> None:
         if len(rows):
             now = state.rows(rows)
             state.put(rows, self.evaluate(now.point, rows, guess=now.logs.movedim(1, 0)))
 
-    def _stationary(self, state: _State) -> Tensor:
-        return state.gradient_norm <= self.tolerance * state.scale
+    def stationary(self, state: _State) -> Tensor:
+        """Which elements have converged."""
+        return state.gradient_norm <= self.tolerance * state.scale + state.floor
 
     def _descend(self, state: _State, rows: Tensor, precise: bool) -> Tensor:
         """One step of the elements ``rows``, in place; returns which of them moved."""
@@ -240,7 +272,9 @@ class Problem:
             length /= 2
         return moved
 
-    def _solution(self, state: _State, count: Tensor, status: Tensor) -> FrechetSolution:
+    def solution(self, state: _State, count: Tensor, status: Tensor) -> FrechetSolution:
+        """The certificate of an iterate."""
+        status = torch.where(self._beyond_cut(state), Status.STALLED, status)
         paths: dict[str, int] = {}
         if hasattr(self.manifold, "log_path"):
             stacked = state.point.expand(len(self.points), *state.point.shape)
@@ -256,6 +290,17 @@ class Problem:
             solver="",
             paths=paths,
         )
+
+    def _beyond_cut(self, state: _State) -> Tensor:
+        """Where an anchor is so far from the iterate that no logarithm is as long as its distance.
+
+        An antipode has no logarithm; a vanishing sum of logarithms then says nothing.
+        """
+        if isinstance(self.manifold, QuotientManifold) or not has_logmap(self.manifold):
+            return torch.zeros_like(state.objective, dtype=torch.bool)
+        squared = dist2_logmap(self.manifold, state.point[None], self.points)[0]
+        length = inner(self.manifold, state.point[None], state.logs.movedim(1, 0))
+        return ((squared - length).abs() > 1e-3 * squared.amax(0)).any(0)
 
 
 def _median_pull(weights: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
