@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from manifold_merge._version import __version__
+from manifold_merge.cli_calibrate import calibrate
 from manifold_merge.cli_options import (
     Debug,
     DifferentBase,
@@ -24,14 +25,17 @@ from manifold_merge.cli_options import (
     Json,
     MaxMemory,
     Missing,
+    Normalisation,
     Quiet,
     Weights,
     parse_bytes,
     parse_device,
     parse_layer_weights,
     parse_rank,
+    parse_scale,
     parse_weights,
 )
+from manifold_merge.cli_refine import RefineCommand, refine
 from manifold_merge.cli_session import in_cli_words, session
 
 # The library is imported inside the commands: torch takes seconds, and --help should not.
@@ -101,26 +105,61 @@ def adapters(
     geometry: Annotated[
         Geometry,
         typer.Option(
-            help="lifted for different tasks; mixed, invariant, embedded or polar for variants of "
-            "one task; auto chooses by how close the adapters are.",
+            help="fisher for adapters with statistics (see calibrate); lifted for different tasks; "
+            "mixed, invariant, embedded or polar for variants of one task; auto takes fisher if "
+            "all adapters have statistics, else chooses by how close they are.",
         ),
     ] = Geometry.auto,
     distance: Annotated[
         Distance | None,
         typer.Option(
-            help="How distances are found; not for lifted. Default: exact for close adapters, "
-            "chordal for others.",
+            help="How distances are found; not for lifted and fisher. Default: exact for close "
+            "adapters, chordal for others.",
         ),
     ] = None,
+    statistics: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Statistics of each adapter, in order, for fisher. Default: those beside them.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
+    damping: Annotated[
+        float,
+        typer.Option(min=0, help="For fisher: share of the mean eigenvalue added to each Gram."),
+    ] = 1e-2,
+    shrinkage: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="For fisher: how far Grams are shrunk to their diagonal."),
+    ] = 0.0,
+    normalisation: Annotated[
+        Normalisation,
+        typer.Option(help="For fisher: what each adapter's metric is divided by."),
+    ] = Normalisation.none,
     rank: Annotated[
         str | None,
         typer.Option(
             metavar="R|full",
             help="Rank of the result, a number or full (the sum of the ranks). Default: full for "
-            "lifted, else the greatest rank.",
+            "lifted and fisher, else the greatest rank.",
         ),
     ] = None,
-    scale: Annotated[float, typer.Option(help="Factor on the merged update.")] = 1.0,
+    scale: Annotated[
+        str,
+        typer.Option(
+            metavar="X|norm",
+            help="Factor on the merged update; norm restores the norm of the adapters.",
+        ),
+    ] = "1",
+    transform: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[=X]",
+            help="Change of the adapters before they are averaged: ties (density), whiten or "
+            "isotropic (power), such as ties=0.2.",
+        ),
+    ] = None,
     median: Annotated[
         bool,
         typer.Option(
@@ -200,7 +239,12 @@ def adapters(
                 output,
                 geometry=geometry.value,
                 distance=None if distance is None else distance.value,
-                scale=scale,
+                statistics=statistics or None,
+                damping=damping,
+                shrinkage=shrinkage,
+                normalisation=normalisation.value,
+                scale=parse_scale(scale),
+                transform=transform,
                 p=1 if median else 2,
                 sum=sum_,
                 missing=missing.value,
@@ -236,6 +280,9 @@ def adapters(
         if strict and not converged:
             shell.error(f"not converged, the output is written: {remedy(merged.status)}")
             raise typer.Exit(1)
+
+
+app.command()(calibrate)
 
 
 @app.command()
@@ -292,3 +339,6 @@ def inspect(
             written = str(write_report(inspection, report, overwrite=overwrite))
         found = {**inspection.to_dict(), "report": written}
         shell.result("inspect", found, lambda: show_inspection(shell, inspection, modules, written))
+
+
+app.command(cls=RefineCommand)(refine)

@@ -25,12 +25,14 @@ __all__ = [
     "Json",
     "MaxMemory",
     "Missing",
+    "Normalisation",
     "Quiet",
     "Weights",
     "parse_bytes",
     "parse_device",
     "parse_layer_weights",
     "parse_rank",
+    "parse_scale",
     "parse_weights",
 ]  # fmt: skip
 
@@ -39,6 +41,7 @@ class Geometry(StrEnum):
     """Names of the geometries of ``merge_adapters``."""
 
     auto = "auto"
+    fisher = "fisher"
     lifted = "lifted"
     mixed = "mixed"
     embedded = "embedded"
@@ -67,6 +70,14 @@ class Extras(StrEnum):
 
     mean = "mean"
     drop = "drop"
+
+
+class Normalisation(StrEnum):
+    """Names of the normalisations of ``merge_adapters``."""
+
+    none = "none"
+    trace = "trace"
+    task = "task"
 
 
 class DType(StrEnum):
@@ -174,6 +185,16 @@ def parse_rank(given: str | None) -> int | str | None:
         return int(given)
     except ValueError:
         raise ValueError(f"--rank: expected a positive integer or full, got {given!r}") from None
+
+
+def parse_scale(given: str) -> float | str:
+    """Read a number or ``norm``."""
+    if given == "norm":
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        raise ValueError(f"--scale: expected a number or norm, got {given!r}") from None
 
 
 def parse_device(given: str) -> torch.device:

@@ -48,8 +48,16 @@ def show_merge(shell: Session, result: dict[str, Any], base: str | None) -> None
     }
     if result["gauge_residual"] is not None:
         rows["gauge"] = f"changes the merge by {result['gauge_residual']:.1e} at most (relative)"
-    if recipe["scale"] != 1:
+    if recipe["scale"] == "norm":
+        rows["geometry"] += ", scaled to the norm of the adapters"
+    elif recipe["scale"] != 1:
         rows["geometry"] += f", times {recipe['scale']:g}"
+    if "transform" in recipe:
+        rows["geometry"] += f", after {recipe['transform']}"
+    errors = [error for error in recipe.get("output_errors", ()) if error is not None]
+    if errors:
+        shown = ", ".join(f"{error:.2f}" for error in errors)
+        rows["errors"] = f"{shown} of leaving each adapter out, predicted for layer outputs"
     if result["extras"]:
         rows["modules"] += f", and {result['extras']} other tensors"
     count = len(recipe["adapters"])

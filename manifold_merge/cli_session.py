@@ -30,7 +30,7 @@ BAD_INPUT, PROGRAM_ERROR, INTERRUPTED = 2, 3, 130
 # Options that the command line has under the same name; a path may hold text that looks like them.
 _VALUED = "device|distance|dtype|extras|geometry|missing|rank|scale|weights"
 _WORDS = (
-    (r"overwrite=True \(--overwrite\)", "--overwrite"),
+    (r"\b\w+=True \((--[\w-]+)\)", r"\1"),
     (r"\ballow_different_base=True", "--allow-different-base"),
     (r"\bsum=True", "--sum"),
     (r"\bp=1\b", "--median"),
@@ -81,13 +81,13 @@ class Session:
             show()
 
     @contextlib.contextmanager
-    def progress(self, what: str) -> Iterator[Callable[[int, int], None]]:
+    def progress(self, what: str, unit: str = "modules") -> Iterator[Callable[[int, int], None]]:
         """A progress bar on stderr if that is a terminal; yields what the library calls."""
         bar = Progress(
             TextColumn(what),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("modules"),
+            TextColumn(unit),
             TimeRemainingColumn(),
             console=self._err,
             transient=True,

@@ -11,15 +11,25 @@ import geoopt
 import torch
 from torch import Tensor
 
+from manifold_merge.accurate import accurate, has_logmap
+from manifold_merge.fisher import ConstantMetric
+from manifold_merge.fisher_mean import mean_with_metrics
+from manifold_merge.implicit import differentiable
+from manifold_merge.newton import has_newton
 from manifold_merge.quotient import QuotientManifold
 from manifold_merge.solution import FrechetSolution, Status
+from manifold_merge.solver_dispatch import (
+    Solver,
+    checked_solver,
+    default_iterations,
+    run_solver,
+    solver_name,
+)
 from manifold_merge.solvers import Problem, closed_form_of
 
 __all__ = ["FrechetSolution", "Status", "frechet_mean", "normalized_weights"]
 
 logger = logging.getLogger(__name__)
-
-SOLVERS = ("auto", "closed_form", "karcher")
 
 
 def normalized_weights(
@@ -71,26 +81,28 @@ def normalized_weights(
     return w / total
 
 
-@torch.no_grad()
+@differentiable
 def frechet_mean(
     manifold: geoopt.Manifold,
     points: Tensor | Sequence[Tensor],
     weights: Sequence[float] | Tensor | None = None,
     *,
-    solver: str = "auto",
+    solver: Solver = "auto",
     p: int = 2,
+    metrics: Sequence[ConstantMetric] | None = None,
     rank: int | None = None,
     start: Tensor | None = None,
     starts: str = "auto",
     tolerance: float | None = None,
-    max_iterations: int = 200,
+    max_iterations: int | None = None,
     gauge_check: bool = False,
     generator: torch.Generator | None = None,
 ) -> FrechetSolution:
     """Compute the weighted Fréchet mean (p = 2) or geometric median (p = 1) of points.
 
     The batch dimensions are solved together and each element stops on its own. The answer does
-    not depend on the order of the points.
+    not depend on the order of the points. Gradients flow from ``point`` to points and weights that
+    require them (:mod:`manifold_merge.implicit`).
 
     Args:
         manifold: Any geoopt manifold with ``logmap``; the distance that is averaged is the
@@ -98,10 +110,19 @@ def frechet_mean(
         points: Anchors, ``(k, ..., *point)``, or a sequence of k tensors ``(..., *point)``. On a
             ``LoRAQuotient`` their ranks may differ.
         weights: ``(k,)`` or ``(k, ...)``; normalised to sum 1. Equal if ``None``.
-        solver: ``"closed_form"``, ``"karcher"`` (gradient steps of length one, shortened until
-            the objective decreases), or ``"auto"``: closed form where there is one.
+        solver: ``"auto"`` (the closed form where there is one, else ``"newton"`` where it is
+            known, else ``"karcher"``), ``"closed_form"``, ``"newton"`` (spheres and positive
+            definite matrices), ``"karcher"`` (gradient steps of length one, shortened until the
+            objective decreases), ``"trust_region"`` or ``"conjugate_gradient"`` (pymanopt's), a
+            geoopt optimiser, class or instance, or an instance of a pymanopt optimiser. An
+            instance lends its options; its own parameters are not touched.
         p: 2 for the mean, 1 for the median (Weiszfeld steps; Fletcher, Venkatasubramanian and
             Joshi 2009).
+        metrics: One constant metric for each anchor, in which its distance is measured: the mean
+            is then argmin Σ wᵢ dᵢ(x, xᵢ)ᵖ. ``FisherEuclidean`` gives Fisher merging,
+            ``KroneckerFisher`` RegMean or, with both sides, MaTS; on a ``LoRAQuotient`` they are
+            ``KroneckerFisher`` metrics of the products. ``solver`` is then ``"auto"``,
+            ``"closed_form"`` or ``"conjugate_gradient"``.
         rank: Rank of the mean on manifolds of low-rank products; the greatest of the anchors'
             ranks if ``None``.
         start: Where to start, ``(..., *point)``.
@@ -109,7 +130,8 @@ def frechet_mean(
             objective; ``"anchors"``: from each anchor as well, the least objective wins.
         tolerance: Gradient norm, relative to the spread of the anchors, at which an element has
             converged; depends on the dtype if ``None``.
-        max_iterations: Greatest number of iterations.
+        max_iterations: Greatest number of iterations; by default 200, or 3000 for geoopt's
+            optimisers. An instance of a pymanopt optimiser has its own limit.
         gauge_check: Recompute the mean from random representatives and report the difference.
         generator: Source of randomness for ``gauge_check``.
 
@@ -135,8 +157,18 @@ def frechet_mean(
         2.0
     """
     anchors = _checked_points(manifold, points)
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
+    if metrics is not None:
+        if start is not None:
+            raise ValueError("start: means with metrics= need none; leave it out")
+        result = mean_with_metrics(
+            manifold, anchors, normalized_weights(weights, len(anchors), like=anchors[0]), metrics,
+            p=p, rank=rank, solver=solver, tolerance=tolerance, max_iterations=max_iterations,
+            gauge_check=gauge_check, generator=generator,
+        )  # fmt: skip
+        if not result.converged:
+            logger.warning("frechet_mean: %s", result.message)
+        return result
+    solver = checked_solver(solver, manifold)
     if p not in (1, 2):
         raise ValueError(f"p must be 2 (mean) or 1 (median); got {p!r}")
     if starts not in ("auto", "anchors"):
@@ -148,14 +180,19 @@ def frechet_mean(
         raise ValueError(
             f"solver='closed_form': the mean on {manifold} has no closed form; use 'karcher'"
         )
-    if solver == "auto":
-        solver = "karcher" if closed is None else "closed_form"
+    if solver == "auto" and closed is not None:
+        solver = "closed_form"
+    elif solver == "auto" and p == 2 and has_newton(accurate(manifold), tuple(anchors[0].shape)):
+        solver = "newton"
+    elif solver == "auto":
+        solver = "karcher" if has_logmap(accurate(manifold)) else "conjugate_gradient"
     signed = solver == "closed_form" and p == 2
     w = normalized_weights(weights, len(anchors), like=anchors[0], negative=signed)
 
     # An anchor without weight takes no part, however far away it is.
-    used = [i for i in range(len(anchors)) if bool(w[i].any())]
-    full_weights, w, anchors = w, w[used], [anchors[i] for i in used]
+    full_weights, present = w, w.flatten(1).any(1) if w.ndim > 1 else w != 0
+    if not bool(present.all()):
+        w, anchors = w[present], [x for x, here in zip(anchors, present, strict=True) if here]
     everything = anchors if start is None else [*anchors, start]
     space, stacked, restore = _reduced(manifold, everything, rank)
     # All batch dimensions become one, so that elements can stop on their own.
@@ -163,12 +200,19 @@ def frechet_mean(
     w = w.reshape((*w.shape, *(1,) * (len(batch) + 1 - w.ndim))).expand(len(anchors), *batch)
     flat = stacked.reshape(len(stacked), -1, *point)
     problem = Problem(
-        space, flat[: len(anchors)], w.reshape(len(anchors), -1), p, rank, tolerance, max_iterations
+        space,
+        flat[: len(anchors)],
+        w.reshape(len(anchors), -1),
+        p,
+        rank,
+        tolerance,
+        default_iterations(solver) if max_iterations is None else max_iterations,
     )
     if solver == "closed_form":
         result = problem.closed_form()
     else:
-        result = problem.best_of(problem.starts(starts) if start is None else [flat[-1]])
+        begin = problem.starts(starts) if start is None else [flat[-1]]
+        result = problem.best_of(begin, lambda x: run_solver(problem, x, solver))
     result = dataclasses.replace(
         result,
         point=restore(result.point.reshape(*batch, *result.point.shape[1:])),
@@ -177,7 +221,7 @@ def frechet_mean(
         iterations=result.iterations.reshape(batch),
         status=result.status.reshape(batch),
         weights=full_weights,
-        solver=solver,
+        solver=solver if isinstance(solver, str) else solver_name(solver),
     )
 
     if gauge_check:
@@ -206,7 +250,10 @@ def frechet_mean(
 
 
 def _checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    anchors = [torch.as_tensor(x).detach() for x in points]
+    if isinstance(points, Tensor) and points.ndim:
+        anchors = list(points.detach().unbind())
+    else:
+        anchors = [torch.as_tensor(x).detach() for x in points]
     if not anchors:
         raise ValueError("points: at least one anchor is needed, got none")
     dtypes = {x.dtype for x in anchors}
@@ -220,7 +267,8 @@ def _checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor]
     batches = {tuple(x.shape[: x.ndim - manifold.ndim]) for x in anchors}
     if len(batches) > 1:
         raise ValueError(f"points: anchors have different batch shapes {sorted(batches)}")
-    for i, x in enumerate(anchors):
+    whole = isinstance(points, Tensor) and bool(points.isfinite().all())
+    for i, x in enumerate(anchors[:1] if whole else anchors):  # slices of one tensor are alike
         try:
             manifold.assert_check_point(x)
         except ValueError as error:
@@ -238,4 +286,4 @@ def _reduced(
         return manifold.reduce(anchors, rank=rank)
     if rank is not None:
         raise ValueError(f"rank: points of {manifold} have no rank to choose; leave it out")
-    return manifold, torch.stack(anchors), lambda x: x
+    return accurate(manifold), torch.stack(anchors), lambda x: x

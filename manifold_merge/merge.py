@@ -5,14 +5,13 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import fnmatch
+import functools
 import logging
+import math
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import geoopt
 import torch
 from torch import Tensor
 
@@ -26,56 +25,36 @@ from manifold_merge.adapter_sets import (
 from manifold_merge.adapter_writer import check_adapter_output, write_adapter
 from manifold_merge.adapters import Adapter
 from manifold_merge.frechet import frechet_mean, normalized_weights
-from manifold_merge.lift import lifted_mean, pairwise_inner
+from manifold_merge.lift import lifted_mean
 from manifold_merge.lora import DISTANCES, LoRAQuotient
 from manifold_merge.lora_metrics import METRICS
+from manifold_merge.merge_extras import (
+    check_weights,
+    least_cosine,
+    mean_of_extras,
+    weighted_sum,
+)
+from manifold_merge.merge_fisher import AdapterMetrics, has_statistics
+from manifold_merge.merge_result import AdapterMerge, Tally
 from manifold_merge.model_card import model_card
 from manifold_merge.solution import FrechetSolution, Status
+from manifold_merge.statistics import Statistics
+from manifold_merge.transforms import Transform, parse_transform, with_norm
 
 __all__ = ["GEOMETRIES", "AdapterMerge", "merge_adapters"]
 
 logger = logging.getLogger(__name__)
 
-GEOMETRIES = ("auto", "lifted", *METRICS, "polar")
+GEOMETRIES = ("auto", "lifted", *METRICS, "polar", "fisher")
 # In the model "shared + own part", a cosine of one half says that half of the energy of an update
 # is shared. From there on adapters are taken for variants of one task. Measured on MiniLM adapters:
 # up to .06 between tasks, .10 to .21 between seeds of one task, above .33 for noisy copies.
 CLOSE_COSINE = 0.5
-# Modules in which closeness is measured; more change the average by little and cost a read.
-CLOSENESS_SAMPLE = 32
 # Bytes of factors that are worked on at a time.
 DEFAULT_BUDGET = 256 * 2**20
 
 Path_ = str | os.PathLike[str]
 Factors = tuple[Tensor, Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterMerge:
-    """What a merge produced.
-
-    Attributes:
-        recipe: The exact recipe: inputs, weights, geometry, distance, rank, scale and why.
-        closeness: Least cosine between the updates of two adapters.
-        modules: Merged factors by module name, B ``(m, R)`` and A ``(R, n)``; empty if the result
-            was written to a folder.
-        extras: Merged biases and fully trained modules by name.
-        modules_merged: How many modules were merged.
-        status: How many modules ended in which :class:`~manifold_merge.frechet.Status`.
-        paths: How many logarithms were found in which way; empty for closed forms.
-        gauge_residual: Largest relative change of a module under random gauges, if asked for.
-        output: The folder that was written.
-    """
-
-    recipe: dict[str, Any]
-    closeness: float
-    modules: dict[str, Factors]
-    extras: dict[str, Tensor]
-    modules_merged: int
-    status: dict[str, int]
-    paths: dict[str, int]
-    gauge_residual: float | None
-    output: Path | None
 
 
 def merge_adapters(
@@ -86,8 +65,13 @@ def merge_adapters(
     layer_weights: Mapping[str, Sequence[float]] | None = None,
     geometry: str = "auto",
     distance: str | None = None,
+    statistics: Sequence[Path_ | Statistics] | None = None,
+    damping: float = 1e-2,
+    shrinkage: float = 0.0,
+    normalisation: str = "none",
     rank: int | str | None = None,
-    scale: float = 1.0,
+    scale: float | str = 1.0,
+    transform: str | Transform | None = None,
     p: int = 2,
     sum: bool = False,
     missing: str = "zero",
@@ -109,16 +93,31 @@ def merge_adapters(
         weights: One weight for each adapter; divided by their sum. Equal if ``None``.
         layer_weights: Weights for modules whose name matches a shell pattern, such as
             ``{"*.layer.0.*": [1, 0, 0]}``; the first matching pattern counts.
-        geometry: ``"lifted"`` (:func:`~manifold_merge.lift.lifted_mean`, for different tasks),
-            a metric of :class:`~manifold_merge.lora.LoRAQuotient` (``"mixed"``, ``"invariant"``,
-            ``"embedded"``, for variants of one task), ``"polar"``, or ``"auto"``: by the closeness
-            of the adapters, ``"mixed"`` if each two have a cosine of 0.5 or more, else
-            ``"lifted"``.
-        distance: ``"exact"``, ``"aligned"`` or ``"chordal"``; not for ``"lifted"``. Default:
-            ``"exact"`` for the mean of close adapters and ``"chordal"`` for all else.
+        geometry: ``"fisher"``, the mean in which each adapter's distance is the change of the
+            layer outputs on its own inputs, measured by statistics that travel beside the adapter
+            (:func:`~manifold_merge.calibrate.calibrate_adapter`); ``"lifted"``
+            (:func:`~manifold_merge.lift.lifted_mean`, for different tasks), a metric of
+            :class:`~manifold_merge.lora.LoRAQuotient` (``"mixed"``, ``"invariant"``,
+            ``"embedded"``, for variants of one task), ``"polar"``, or ``"auto"``: ``"fisher"`` if
+            all adapters have statistics, else by the closeness of the adapters, ``"mixed"`` if
+            each two have a cosine of 0.5 or more, else ``"lifted"``.
+        distance: ``"exact"``, ``"aligned"`` or ``"chordal"``; not for ``"lifted"`` and
+            ``"fisher"``. Default: ``"exact"`` for the mean of close adapters and ``"chordal"``
+            for all else.
+        statistics: Statistics of each adapter, files or folders, for ``"fisher"``; those beside
+            the adapters if ``None``.
+        damping: λ in G + λ (tr G / n) I, for each Gram G of ``"fisher"``.
+        shrinkage: σ in (1 - σ) G + σ diag(G), for each Gram G of ``"fisher"``.
+        normalisation: ``"none"``: every adapter counts by the change of its outputs; ``"trace"``:
+            Grams are divided by their mean eigenvalue first; ``"task"``: each adapter's metric is
+            divided by the squared length of its own update.
         rank: Rank of the result, an integer or ``"full"`` (the sum of the ranks). Default: full
-            for ``"lifted"``, else the greatest of the adapters' ranks in that module.
-        scale: Factor on the merged update.
+            for ``"lifted"`` and ``"fisher"``, else the greatest of the adapters' ranks in that
+            module.
+        scale: Factor on the merged update, or ``"norm"``: in each module the factor that restores
+            the root mean squared norm of the anchors.
+        transform: What is done to the anchors before they are averaged, a function or a name of
+            :data:`~manifold_merge.transforms.TRANSFORMS`, such as ``"ties=0.2"``.
         p: 2 for the mean, 1 for the geometric median, which a corrupted adapter cannot move far.
         sum: Return Σ wᵢ Wᵢ with weights as they are, negative ones included. That is not a mean:
             only the chordal geometry has it.
@@ -144,6 +143,7 @@ def merge_adapters(
 
     Example:
         >>> import json, tempfile, torch
+        >>> from pathlib import Path
         >>> from safetensors.torch import save_file
         >>> def adapter(seed):
         ...     folder = Path(tempfile.mkdtemp())
@@ -161,8 +161,12 @@ def merge_adapters(
     opened = [x if isinstance(x, Adapter) else Adapter(x) for x in adapters]
     plan = _Plan.make(
         opened, weights=weights, layer_weights=layer_weights, geometry=geometry,
-        distance=distance, rank=rank, scale=scale, p=p, sum=sum, missing=missing, extras=extras,
-        device=device, gauge_check=gauge_check, max_bytes=max_bytes,
+        distance=distance, rank=rank, scale=scale, transform=transform, p=p, sum=sum,
+        missing=missing, extras=extras, device=device, gauge_check=gauge_check,
+        max_bytes=max_bytes, statistics=statistics,
+        metric_options={
+            "damping": damping, "shrinkage": shrinkage, "normalisation": normalisation,
+        },
     )  # fmt: skip
     check_compatible(
         opened,
@@ -179,7 +183,7 @@ def merge_adapters(
 
     merged_extras = plan.merge_extras()
     total = len(module_coverage(opened))
-    tally = _Tally()
+    tally = Tally()
     factors = plan.merge_modules(tally, total, progress)
     if output is None:
         modules, folder = dict(factors), None
@@ -211,22 +215,6 @@ def merge_adapters(
 
 
 @dataclasses.dataclass
-class _Tally:
-    """Certificates of all modules, added up."""
-
-    status: Counter[int] = dataclasses.field(default_factory=Counter)
-    paths: Counter[str] = dataclasses.field(default_factory=Counter)
-    gauge_residual: float | None = None
-
-    def add(self, solution: FrechetSolution) -> None:
-        self.status.update(solution.status.flatten().tolist())
-        self.paths.update(solution.paths)
-        if solution.gauge_residual is not None:
-            worst = float(solution.gauge_residual.max())
-            self.gauge_residual = max(self.gauge_residual or 0.0, worst)
-
-
-@dataclasses.dataclass
 class _Plan:
     """A checked request, and how each group of modules is merged."""
 
@@ -236,7 +224,8 @@ class _Plan:
     geometry: str
     distance: str | None
     rank: int | str | None
-    scale: float
+    scale: float | str
+    transform: str | Transform | None
     p: int
     sum: bool
     missing: str
@@ -244,6 +233,9 @@ class _Plan:
     device: torch.device
     gauge_check: bool
     max_bytes: int
+    statistics: Sequence[Path_ | Statistics] | None
+    metric_options: dict[str, Any]
+    metrics: AdapterMetrics | None = None
     closeness: float = float("nan")
     reason: str = ""
 
@@ -257,28 +249,34 @@ class _Plan:
             raise ValueError(f"geometry must be one of {', '.join(GEOMETRIES)}; got {geometry!r}")
         if distance is not None and distance not in DISTANCES:
             raise ValueError(f"distance must be one of {', '.join(DISTANCES)}; got {distance!r}")
-        if geometry == "lifted" and distance is not None:
+        if geometry in ("lifted", "fisher") and distance is not None:
             raise ValueError(
-                f"distance={distance!r}: geometry='lifted' brings its own distance; leave it out"
+                f"distance={distance!r}: geometry={geometry!r} brings its own distance; leave it "
+                "out"
             )
         if not (rank is None or rank == "full" or (isinstance(rank, int) and rank >= 1)):
             raise ValueError(f"rank: expected a positive integer or 'full', got {rank!r}")
         if options["p"] not in (1, 2):
             raise ValueError(f"p must be 2 (mean) or 1 (median); got {options['p']!r}")
-        if not torch.isfinite(torch.tensor(float(options["scale"]))):
-            raise ValueError(f"scale: expected a finite number, got {options['scale']!r}")
+        scale, transform = options["scale"], options["transform"]
+        if isinstance(transform, str):
+            parse_transform(transform)
+        if scale != "norm" and (isinstance(scale, str) or not math.isfinite(float(scale))):
+            raise ValueError(f"scale: expected a finite number or 'norm', got {scale!r}")
         weights = options.pop("weights")
         options["layer_weights"] = dict(options["layer_weights"] or {})
         chordal = options["sum"] or distance == "chordal"
         for what, given in [("weights", weights), *options["layer_weights"].items()]:
             if given is not None:
-                _check_weights(what, given, count, chordal=chordal, sum=options["sum"])
+                check_weights(what, given, count, chordal=chordal, sum=options["sum"])
         if options["sum"]:
-            if distance not in (None, "chordal") or geometry in ("lifted", "polar"):
+            if distance not in (None, "chordal") or geometry in ("lifted", "polar", "fisher"):
                 raise ValueError(
                     "sum=True: a sum is the solution of the chordal geometry only; leave "
                     "geometry and distance out, or give distance='chordal'"
                 )
+            if transform is not None or scale == "norm":
+                raise ValueError("sum=True: a sum has neither transform= nor scale='norm'")
             if options["p"] == 1:
                 raise ValueError("sum=True and p=1 contradict each other: a median is not a sum")
         device = options.pop("device")
@@ -296,14 +294,23 @@ class _Plan:
 
     def decide(self) -> None:
         """Measure closeness and settle geometry and distance."""
-        self.closeness = self._closeness() if len(self.adapters) > 1 else 1.0
+        self.closeness = (
+            least_cosine(self.adapters, self.weights, self._points)
+            if len(self.adapters) > 1
+            else 1.0
+        )
         close = self.closeness >= CLOSE_COSINE
         said = f"least pairwise cosine {self.closeness:.2f}"
+        calibrated = self.statistics is not None or all(map(has_statistics, self.adapters))
         if self.sum:
             self.geometry, self.distance = "embedded", "chordal"
             self.reason = "sum"
         elif self.geometry == "auto":
-            if close or self.distance is not None:
+            if calibrated and self.distance is None:
+                self.geometry = "fisher"
+                # Least squares: no other geometry, rank or scale has a lower predicted error.
+                self.reason = "statistics of every adapter: least predicted error of outputs"
+            elif close or self.distance is not None:
                 self.geometry = "mixed"
                 self.reason = f"{said}: variants of one task" if close else "distance was given"
             else:
@@ -315,36 +322,18 @@ class _Plan:
             self.reason = "given"
         if self.p == 1 and self.geometry == "lifted":
             raise ValueError("p=1: geometry='lifted' has a mean only; use geometry='embedded'")
-        if self.distance is None and self.geometry != "lifted":
+        if self.geometry == "fisher":
+            options = {**self.metric_options, "device": self.device}
+            self.metrics = AdapterMetrics.load(self.adapters, self.statistics, **options)
+        elif self.distance is None and self.geometry != "lifted":
             # The median needs many iterations, which only chords make cheap.
             self.distance = "exact" if close and self.p == 2 else "chordal"
         logger.info("geometry %s (%s)", self.geometry, self.reason)
 
-    def _closeness(self) -> float:
-        """Least cosine between the updates of two adapters, over a sample of their modules.
-
-        The least and not the mean, because it does not change when an adapter is given twice.
-        """
-        pairs = [(g, name) for g in group_modules(self.adapters) for name in g.names]
-        count = len(self.adapters)
-        gram = torch.zeros(count, count, dtype=torch.float64)
-        for group, name in pairs[:: max(1, len(pairs) // CLOSENESS_SAMPLE)]:
-            present = [i for i, r in enumerate(group.ranks) if r]
-            manifold = LoRAQuotient(group.out_features, group.in_features)
-            points = [self._points(self.adapters[i], group, [name], manifold) for i in present]
-            index = torch.tensor(present)
-            gram[index[:, None], index] += pairwise_inner(manifold, points)[..., 0].double().cpu()
-        for adapter in self.adapters:
-            adapter.release()
-        norms = gram.diagonal().clamp(min=0).sqrt()
-        cosines = gram / (norms[:, None] * norms).clamp(min=torch.finfo(gram.dtype).tiny)
-        used = torch.tensor(self.weights) != 0
-        return float(cosines[used][:, used].min())
-
     # --- modules ---------------------------------------------------------------------------------
 
     def merge_modules(
-        self, tally: _Tally, total: int, progress: Callable[[int, int], None] | None
+        self, tally: Tally, total: int, progress: Callable[[int, int], None] | None
     ) -> Iterator[tuple[str, Factors]]:
         done = 0
         for group in group_modules(self.adapters):
@@ -353,12 +342,22 @@ class _Plan:
                 tally.add(solution)
                 b, a = manifold.unpack(solution.point)
                 for i, name in enumerate(names):
-                    yield name, (b[i] * self.scale, a[i])
+                    yield name, (b[i] * self._factor, a[i])
                 for adapter in self.adapters:
                     adapter.release()
                 done += len(names)
                 if progress is not None:
                     progress(done, total)
+
+    @property
+    def _predicted(self) -> dict[str, Any]:
+        """Predicted output errors, once modules have been merged."""
+        errors = [] if self.metrics is None else self.metrics.output_errors
+        return {"output_errors": errors} if any(errors) else {}
+
+    @property
+    def _factor(self) -> float:
+        return 1.0 if isinstance(self.scale, str) else self.scale
 
     def _chunks(self, group: ModuleGroup) -> Iterator[tuple[list[str], list[float]]]:
         """Modules of one group that fit into the budget and share their weights."""
@@ -385,25 +384,53 @@ class _Plan:
         m, n = group.out_features, group.in_features
         present = [i for i, r in enumerate(group.ranks) if r]
         manifold = self._manifold(m, n)
+        who = [[i] for i in present]
         points = [self._points(self.adapters[i], group, names, manifold) for i in present]
         used = [weights[i] for i in present]
         absent = [w for i, w in enumerate(weights) if i not in present]
         if absent and self.missing == "zero":
             points.append(torch.zeros_like(points[0]))
             used.append(builtins.sum(absent))
+            who.append([i for i in range(len(weights)) if i not in present])
         limit = min(m, n)
         rank: int | None = None if isinstance(self.rank, str) else self.rank
         if self.rank == "full":
             rank = min(builtins.sum(group.ranks), limit)
         rank = None if rank is None else min(rank, limit)
-        return manifold, self._solve(manifold, points, used, rank)
+        fisher: Callable[[list[Tensor]], FrechetSolution] | None = None
+        if self.metrics is not None:
+            fisher = functools.partial(
+                self.metrics.mean, manifold, weights=used, names=names, who=who, rank=rank,
+                p=self.p, adapter_weights=weights,
+            )  # fmt: skip
+        return manifold, self._solve(manifold, points, used, rank, fisher)
 
     def _solve(
-        self, manifold: Any, points: list[Tensor], weights: list[float], rank: int | None
+        self,
+        manifold: Any,
+        points: list[Tensor],
+        weights: list[float],
+        rank: int | None,
+        fisher: Callable[[list[Tensor]], FrechetSolution] | None,
     ) -> FrechetSolution:
         def solve(anchors: list[Tensor]) -> FrechetSolution:
+            given = anchors
+            w = torch.tensor(weights, dtype=torch.float64)
+            if self.transform is not None:
+                named = isinstance(self.transform, str)
+                change = parse_transform(self.transform) if named else self.transform  # type: ignore[arg-type]
+                anchors = change(manifold, anchors, w)  # type: ignore[operator]
+            solution = mean(anchors)
+            if self.scale == "norm":
+                point = with_norm(manifold, solution.point, given, w)
+                solution = dataclasses.replace(solution, point=point)
+            return solution
+
+        def mean(anchors: list[Tensor]) -> FrechetSolution:
+            if fisher is not None:
+                return fisher(anchors)
             if self.sum:
-                return _weighted_sum(manifold, anchors, weights, rank)
+                return weighted_sum(manifold, anchors, weights, rank)
             if self.geometry == "lifted":
                 return lifted_mean(manifold, anchors, weights, rank=rank)
             return frechet_mean(manifold, anchors, weights, p=self.p, rank=rank)
@@ -427,7 +454,7 @@ class _Plan:
             from manifold_merge.polar import PolarLoRAQuotient
 
             return PolarLoRAQuotient(m, n, distance=self.distance or "chordal")
-        if self.geometry == "lifted":
+        if self.geometry in ("lifted", "fisher"):
             return LoRAQuotient(m, n)
         return LoRAQuotient(m, n, metric=self.geometry, distance=self.distance or "chordal")
 
@@ -444,32 +471,10 @@ class _Plan:
     def merge_extras(self) -> dict[str, Tensor]:
         if self.extras == "drop":
             return {}
-        merged = {}
-        for name in sorted({name for adapter in self.adapters for name in adapter.extras}):
-            having = [a for a in self.adapters if name in a.extras]
-            extra = having[0].extras[name]
-            if self.sum and extra.replaces_base:
-                raise ValueError(
-                    f"sum=True: {extra.kind} tensor {name!r} replaces one of the base model, and a "
-                    "sum of whole tensors has no meaning; pass extras='drop', or use a mean"
-                )
-            values, weights = [], []
-            for adapter, weight in zip(self.adapters, self._weights_of(name), strict=True):
-                if name in adapter.extras:
-                    values.append(adapter.extra(name, device=self.device).double().cpu())
-                elif self.missing == "zero":
-                    values.append(torch.zeros(extra.shape, dtype=torch.float64))
-                else:
-                    continue
-                weights.append(weight)
-            stacked = torch.stack(values)
-            if self.sum:
-                mean = torch.einsum("k...,k->...", stacked, stacked.new_tensor(weights))
-            else:
-                euclidean = geoopt.Euclidean(ndim=stacked.ndim - 1)
-                mean = frechet_mean(euclidean, stacked, weights, p=self.p).point
-            merged[name] = mean * (1.0 if extra.replaces_base else self.scale)
-        return merged
+        return mean_of_extras(
+            self.adapters, self._weights_of, missing=self.missing, sum=self.sum, p=self.p,
+            scale=self._factor, device=self.device,
+        )  # fmt: skip
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -488,39 +493,14 @@ class _Plan:
             "distance": self.distance,
             "chosen_because": self.reason,
             "closeness": self.closeness,
-            "rank": self.rank or ("full" if self.geometry == "lifted" else "greatest of inputs"),
+            "rank": self.rank
+            or ("full" if self.geometry in ("lifted", "fisher") else "greatest of inputs"),
+            **({} if self.metrics is None else {"statistics": self.metrics.recipe}),
+            **self._predicted,
             "scale": self.scale,
+            **({} if self.transform is None else {"transform": str(self.transform)}),
             "p": self.p,
             "sum": self.sum,
             "missing": self.missing,
             "extras": self.extras,
         }
-
-
-def _weighted_sum(
-    manifold: LoRAQuotient, points: list[Tensor], weights: list[float], rank: int | None
-) -> FrechetSolution:
-    """Σ wᵢ Wᵢ at the given rank: the chordal solution without its normalisation."""
-    reduced, anchors, restore = manifold.reduce(points, rank=rank)
-    w = anchors.new_tensor(weights).reshape(-1, *(1,) * (anchors.ndim - 3))
-    w = w.expand(anchors.shape[:-2])
-    point = restore(reduced.closed_form_mean(anchors, w, rank))
-    zero = torch.zeros(point.shape[:-2], dtype=anchors.dtype, device=anchors.device)
-    status = torch.zeros_like(zero, dtype=torch.long)
-    return FrechetSolution(point, zero, zero, status, status, w, "sum")
-
-
-def _check_weights(
-    what: str, given: Sequence[float], count: int, *, chordal: bool, sum: bool
-) -> None:
-    where = "weights" if what == "weights" else f"layer_weights[{what!r}]"
-    if len(given) != count:
-        raise ValueError(f"{where}: expected {count}, one for each adapter; got {len(given)}")
-    try:
-        if sum:
-            if not torch.tensor([float(w) for w in given]).isfinite().all():
-                raise ValueError(f"weights: expected finite numbers, got {list(given)}")
-            return
-        normalized_weights(given, count, like=torch.zeros(1).double(), negative=chordal)
-    except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix('weights: ')}") from error

@@ -7,6 +7,7 @@ data; no update is ever formed as an m x n matrix. :func:`inspect_adapters` meas
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -24,6 +25,8 @@ from manifold_merge.lift import _singular_frames, pairwise_cosines
 from manifold_merge.linalg import adjoint
 from manifold_merge.lora import LoRAQuotient
 from manifold_merge.merge import DEFAULT_BUDGET, AdapterMerge, merge_adapters
+from manifold_merge.merge_fisher import has_statistics
+from manifold_merge.mergeability import OutputErrors, output_errors
 from manifold_merge.plots import (
     plot_distances,
     plot_merge_error,
@@ -40,6 +43,7 @@ from manifold_merge.report_data import (
     ModuleSummary,
     PairSummary,
 )
+from manifold_merge.statistics import Statistics
 
 __all__ = [
     "AdapterSummary",
@@ -152,16 +156,33 @@ def inspect_adapters(
     modules = tuple(
         sorted((m for r in results for m in r.modules), key=lambda m: _natural_key(m.name))
     )
+    preview = None if merged is None else results[0].merge_preview(merged, modules)
+    if merged is not None and preview is not None and all(map(has_statistics, opened)):
+        statistics = [Statistics.load(adapter.path) for adapter in opened]
+        errors = output_errors(opened, merged.modules, statistics)
+        preview = dataclasses.replace(preview, **_predictions(errors, modules))  # type: ignore[arg-type]
     summaries = _adapter_summaries(opened, modules)
     pairs = results[0].pair_summaries(modules) if together else ()
     return Inspection(
         adapters=summaries,
         modules=modules,
         pairs=pairs,
-        merge=None if merged is None else results[0].merge_preview(merged, modules),
+        merge=preview,
         refusal=refusal,
         notes=tuple(_joint_notes(opened, summaries, modules, pairs)),
     )
+
+
+def _predictions(
+    errors: OutputErrors, modules: Sequence[ModuleSummary]
+) -> dict[str, tuple[tuple[float, ...], ...]]:
+    """Relative errors and their bounds, in the order of the modules."""
+    own = torch.where(errors.own > 0, errors.own, math.nan)
+    found = {}
+    for field, values in (("output_errors", errors.predicted), ("output_bounds", errors.bound)):
+        relative = dict(zip(errors.names, (values / own).sqrt().tolist(), strict=True))
+        found[field] = tuple(tuple(relative[m.name]) for m in modules)
+    return found
 
 
 def _comparable(adapters: Sequence[Adapter]) -> bool:

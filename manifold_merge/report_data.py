@@ -163,8 +163,8 @@ class ModulePreview:
 class MergePreview:
     """What ``merge_adapters`` with ``geometry="auto"`` makes of the adapters.
 
-    Distances are between weights. They need no data, and a prediction of the error at the outputs
-    does: that is what ``output_errors`` is for.
+    Distances are between weights and need no data. The errors of the outputs are predicted from
+    statistics of the inputs, where every adapter has them (:mod:`manifold_merge.mergeability`).
 
     Attributes:
         geometry: The geometry that it takes.
@@ -176,8 +176,11 @@ class MergePreview:
             at all. NaN if W_i is zero.
         kept: For each adapter <M, W_i>/|W_i|² of the whole updates.
         modules: The same by module.
-        output_errors: Predicted error of each module's output for each adapter, modules x adapters;
-            ``None`` without statistics of the inputs.
+        output_errors: Predicted error of each module's output for each adapter, modules x adapters,
+            |(M - W_i)x|/|W_i x| in root mean squares on the adapter's calibration texts; ``None``
+            without statistics of the inputs, NaN where W_i is zero or absent.
+        output_bounds: What these errors cannot exceed on those texts; they differ where Grams are
+            stored at low rank.
     """
 
     geometry: str
@@ -189,6 +192,7 @@ class MergePreview:
     kept: tuple[float, ...]
     modules: tuple[ModulePreview, ...]
     output_errors: tuple[tuple[float, ...], ...] | None = None
+    output_bounds: tuple[tuple[float, ...], ...] | None = None
 
 
 @dataclass(frozen=True)

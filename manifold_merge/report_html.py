@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from manifold_merge._version import __version__
+from manifold_merge.mergeability import plot_output_errors
 from manifold_merge.plots import (
     PLOT_HINT,
     plot_distances,
@@ -188,9 +189,19 @@ def _merge(inspection: Inspection) -> list[str]:
         _table(merge_table(inspection)),
         _figure(plot_merge_error, inspection, READING["merge distance"]),
         "<h3>Predicted error of the outputs</h3>",
-        "<p>Not available. The errors above are between weights; what they do to the outputs "
-        "depends on the inputs, and there are no statistics of them here.</p>",
+        *_output_errors(inspection),
     ]
+
+
+def _output_errors(inspection: Inspection) -> list[str]:
+    assert inspection.merge is not None
+    if inspection.merge.output_errors is None:
+        return [
+            "<p>Not available. The errors above are between weights; what they do to the outputs "
+            "depends on the inputs, and there are no statistics of them here: make them with "
+            "<code>manifold-merge calibrate</code>.</p>"
+        ]
+    return [_figure(plot_output_errors, inspection, READING["output error"])]
 
 
 def _modules(inspection: Inspection) -> list[str]:

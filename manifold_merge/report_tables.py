@@ -36,6 +36,11 @@ READING = {
         "angles: 1 the same, 0 orthogonal; in brackets, an upper bound for random spaces."
     ),
     "kept": "how much of an adapter's update the merge holds along the update's own direction.",
+    "output error": (
+        "|(M − Wi)x| / |Wi x|, root mean square over the calibration texts x of adapter i and over "
+        "modules: 0 none, 1 as large as without the adapter. Predicted from statistics, each "
+        "module by itself; on those texts it cannot exceed the number beside it."
+    ),
     "merge distance": (
         "|M − Wi| / |Wi| from the merge M: 0 the same, 1 as far as no adapter. About 1 is usual "
         "for different tasks, since M holds the other tasks too."
@@ -195,15 +200,26 @@ def pairs_table(inspection: Inspection, *, wide: bool = False) -> Table:
 def merge_table(inspection: Inspection) -> Table:
     """What the default merge keeps of each adapter; there has to be a merge."""
     assert inspection.merge is not None
-    columns = [Column("#"), Column("adapter", text=True), Column("kept"), Column("merge distance")]
-    rows = zip(inspection.adapters, inspection.merge.kept, inspection.merge.distances, strict=True)
+    columns = [
+        Column("#"), Column("adapter", text=True), Column("kept"), Column("merge distance"),
+        Column("output error"), Column("at most"),
+    ]  # fmt: skip
+    merge = inspection.merge
+    rows = zip(inspection.adapters, merge.kept, merge.distances, strict=True)
     return Table.of(
         columns,
         (
-            [str(i), adapter.name, _percent(kept), fixed(far)]
+            [str(i), adapter.name, _percent(kept), fixed(far),
+             _error(merge.output_errors, i - 1), _error(merge.output_bounds, i - 1)]
             for i, (adapter, kept, far) in enumerate(rows, 1)
         ),
-    )
+    )  # fmt: skip
+
+
+def _error(errors: Sequence[Sequence[float]] | None, adapter: int) -> str:
+    """Root mean square over modules of the relative output errors of one adapter."""
+    known = [row[adapter] for row in errors or () if math.isfinite(row[adapter])]
+    return fixed(math.sqrt(math.fsum(x * x for x in known) / len(known))) if known else NOTHING
 
 
 def modules_table(inspection: Inspection, count: int, *, wide: bool = False) -> Table:

@@ -198,10 +198,8 @@ def _pack(matrix: Tensor) -> Tensor:
 def _unpack(triangle: Tensor) -> Tensor:
     size = (math.isqrt(8 * triangle.numel() + 1) - 1) // 2
     matrix = triangle.new_zeros(size, size)
-    rows, columns = torch.triu_indices(size, size)
-    matrix[rows, columns] = triangle
-    matrix[columns, rows] = triangle
-    return matrix
+    matrix.masked_scatter_(torch.ones(size, size, dtype=torch.bool).triu(), triangle)
+    return matrix + matrix.triu(1).T
 
 
 def _save(statistics: Statistics, path: str | os.PathLike[str], dtype: torch.dtype) -> None:
@@ -234,6 +232,10 @@ def _save(statistics: Statistics, path: str | os.PathLike[str], dtype: torch.dty
         save_file(tensors, partial, metadata={"format": _FORMAT, "header": json.dumps(header)})
         with partial.open("rb") as stream:
             os.fsync(stream.fileno())
+        # The file is made readable by its owner alone, but it is meant to be passed on.
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)

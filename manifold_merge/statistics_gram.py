@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["DenseSum", "DiagonalSum", "Gram", "GramSum", "SketchSum", "gram_sum"]
 
-_BLOCK = 384  # columns computed at once; only blocks on and above the diagonal are computed
+_BLOCK = 128  # columns computed at once; only blocks on and above the diagonal are computed
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,8 @@ def attention_mask(batch: Any, mask: Callable[[Any], Tensor | None] | None) -> T
 def _select(rows: Tensor, mask: Tensor | None) -> Tensor:
     """Rows (N, d) of a tensor (..., d) at positions that count."""
     if mask is not None and rows.shape[:2] == mask.shape and rows.ndim == 3:
-        return rows[mask.to(rows.device)]
+        kept = mask.to(rows.device).flatten().nonzero()[:, 0]  # faster than a mask as an index
+        return rows.flatten(0, 1).index_select(0, kept)
     flat = rows.reshape(-1, rows.shape[-1])
     if mask is not None and rows.ndim == 2 and flat.shape[0] == mask.numel():
         return flat[mask.to(rows.device).flatten()]  # a model that flattens (batch, seq) itself
