@@ -169,7 +169,7 @@ def main() -> None:
     )
     if options.json is not None:
         document = {
-            "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+            "options": {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items()},
             "tables": tables,
             "calibration_seconds": seconds,
             "statistics_bytes": size,

@@ -1,4 +1,4 @@
-"""Put the tables of the last runs, ``results/*.json``, into ``README.md``.
+"""Put the tables of the last runs, ``results/*.json``, into both ``README.md``.
 
     python benchmarks/update_readme.py          # rewrite the README
     python benchmarks/update_readme.py --check  # fail if that would change it
@@ -15,9 +15,11 @@ import json
 import re
 from pathlib import Path
 
+import accuracy
 import harness
 
-README = Path(__file__).resolve().parent / "README.md"
+HERE = Path(__file__).resolve().parent
+READMES = (HERE / "README.md", HERE.parent / "README.md")
 # The script whose ``render`` turns a result into Markdown, where it is not the result's name.
 SCRIPTS = {"score_bench_val": "score_bench", "score_bench_test": "score_bench"}
 
@@ -27,6 +29,8 @@ def filled(text: str, results: Path) -> str:
 
     def section(match: re.Match[str]) -> str:
         name = match["name"]
+        if name == "accuracy":  # from several results
+            return f"<!-- {name} -->\n\n{accuracy.render(results)}\n\n<!-- /{name} -->"
         file = results / f"{name}.json"
         if not file.exists():
             body = "Not run yet."
@@ -44,13 +48,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     options = parser.parse_args()
-    before = README.read_text("utf-8")
-    after = filled(before, harness.RESULTS)
-    if options.check:
-        if before != after:
-            raise SystemExit(f"{README.name} is not what the results say: run without --check")
-        return
-    README.write_text(after, encoding="utf-8")
+    for readme in READMES:
+        before = readme.read_text("utf-8")
+        after = filled(before, harness.RESULTS)
+        if options.check:
+            if before != after:
+                raise SystemExit(f"{readme} is not what the results say: run without --check")
+            continue
+        readme.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

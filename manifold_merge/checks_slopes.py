@@ -461,6 +461,8 @@ def check_hessian(sample: Sample) -> Iterator[Measurement]:
     left, right = sample.inner(x, hu, v), sample.inner(x, u, hv)
     yield sample.close("<Hess u, v>_x == <u, Hess v>_x", left, right, scale=scale)
     yield sample.close("Hess(2 u - 3 v) is linear", hessian(2 * u - 3 * v), 2 * hu - 3 * hv)
+    if x.dtype != torch.float64:
+        return  # between rounding and the next order, three orders leave nothing to measure
     value, slope = sample.cost(x), sample.inner(x, m.egrad2rgrad(x, sample.derivatives(x)[0]), u)
     curvature = sample.inner(x, hu, u)
 

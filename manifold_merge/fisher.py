@@ -21,8 +21,7 @@ from torch import Tensor
 from manifold_merge.fisher_factor import MetricFactor
 from manifold_merge.linalg import adjoint
 from manifold_merge.lora import LoRAQuotient
-from manifold_merge.lora_log import CHORDAL, chordal_covector
-from manifold_merge.lora_metrics import METRICS, Pair
+from manifold_merge.lora_metrics import Pair
 from manifold_merge.statistics_gram import Gram
 
 __all__ = ["ConstantMetric", "FisherEuclidean", "FisherLoRAQuotient", "KroneckerFisher"]
@@ -363,8 +362,14 @@ class FisherLoRAQuotient(LoRAQuotient):
         batch = torch.broadcast_shapes(*(y.shape[:-2] for y in parts))
         return torch.cat([y.expand(*batch, *y.shape[-2:]) for y in parts], -2)
 
-    def _lower(self, pair: Pair) -> Tensor:
-        """A covector of whitened factors as one of the factors: Tᵀ c."""
+    def _split_covector(self, u: Tensor) -> Pair:
+        b, a = u[..., : self.out_features, :], u[..., self.out_features :, :]
+        return (
+            b if self.output_side is None else self.output_side.unwhiten(b, adjoint_root=True),
+            a if self.input_side is None else self.input_side.unwhiten(a, adjoint_root=True),
+        )
+
+    def _join_covector(self, pair: Pair) -> Tensor:
         sides = (self.output_side, self.input_side)
         parts = [
             y if side is None else side.whiten(y, adjoint_root=True)
@@ -405,23 +410,6 @@ class FisherLoRAQuotient(LoRAQuotient):
         """Split a point into B ``(..., m, r)`` and A ``(..., r, n)``."""
         self._assert_check_shape(tuple(x.shape), "x")
         return x[..., : self.out_features, :], adjoint(x[..., self.out_features :, :])
-
-    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
-        """Horizontal lift of the gradient, ``(..., m + n, r)``, from the Euclidean one."""
-        b, a = u[..., : self.out_features, :], u[..., self.out_features :, :]
-        whitened = (
-            b if self.output_side is None else self.output_side.unwhiten(b, adjoint_root=True),
-            a if self.input_side is None else self.input_side.unwhiten(a, adjoint_root=True),
-        )
-        return self._join(METRICS[self.metric].gradient(self._split(x), whitened))
-
-    def _dist2_covector(self, x: Tensor, y: Tensor) -> Tensor:
-        chord = self._lower(chordal_covector(self._split(x), self._split(y)))
-        if self.distance == "chordal":
-            return chord
-        u, path = self._log(x, y)
-        exact = self._lower(METRICS[self.metric].covector(self._split(x), self._split(u)))
-        return torch.where((path == CHORDAL)[..., None, None], chord, exact)
 
     @__scaling__(ScalingInfo())
     def origin(

@@ -26,7 +26,7 @@ from manifold_merge.lora_log import (
     substitute_covector,
     substitute_dist2,
 )
-from manifold_merge.lora_metrics import METRICS
+from manifold_merge.lora_metrics import METRICS, Pair
 from manifold_merge.quotient import squared_distance
 
 __all__ = ["ALIGNED", "CHORDAL", "DISTANCES", "EXACT", "LoRAQuotient"]
@@ -114,6 +114,15 @@ class LoRAQuotient(FactorPairs):
         """Sizes and distance, as ``repr`` shows them."""
         return f"{self.out_features}, {self.in_features}, distance={self.distance!r}"
 
+    # Derivatives of a function go the other way than vectors: a subclass whose factors are those of
+    # another LoRAQuotient up to an isometry changes these two besides `_split` and `_join`.
+
+    def _split_covector(self, u: Tensor) -> Pair:
+        return self._split(u)
+
+    def _join_covector(self, pair: Pair) -> Tensor:
+        return self._join(pair)
+
     # --- Riemannian structure --------------------------------------------------------------------
 
     def inner(
@@ -158,7 +167,7 @@ class LoRAQuotient(FactorPairs):
         Returns:
             The horizontal lift of the gradient, ``(..., m + n, r)``.
         """
-        return self._join(METRICS[self.metric].gradient(self._split(x), self._split(u)))
+        return self._join(METRICS[self.metric].gradient(self._split(x), self._split_covector(u)))
 
     @__scaling__(ScalingInfo())
     def ehess2rhess(self, x: Tensor, egrad: Tensor, ehess: Tensor, u: Tensor) -> Tensor:
@@ -291,11 +300,11 @@ class LoRAQuotient(FactorPairs):
     def _dist2_covector(self, x: Tensor, y: Tensor) -> Tensor:
         metric, px, py = METRICS[self.metric], self._split(x), self._split(y)
         if self.distance == "chordal":
-            return self._join(chordal_covector(px, py))
+            return self._join_covector(chordal_covector(px, py))
         _, u, path = self._shorter(x, y)
-        exact = self._join(metric.covector(px, self._split(u)))
+        exact = self._join_covector(metric.covector(px, self._split(u)))
         # Raising and lowering the index would lose what leaves the stratum of a deficient pair.
-        chord = self._join(substitute_covector(metric, px, py))
+        chord = self._join_covector(substitute_covector(metric, px, py))
         return torch.where((path == CHORDAL)[..., None, None], chord, exact)
 
     def _shorter(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -62,7 +62,7 @@ def ehess2rhess(
         True
     """
     px, pu = manifold._split(x), manifold._split(u)
-    pg, ph = manifold._split(egrad), manifold._split(ehess)
+    pg, ph = manifold._split_covector(egrad), manifold._split_covector(ehess)
     rule = {"mixed": _mixed, "invariant": _invariant, "embedded": _embedded}[manifold.metric]
     pair = rule(px, pg, ph, pu)
     return manifold._join(METRICS[manifold.metric].horizontal(px, pair))

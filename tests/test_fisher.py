@@ -71,6 +71,10 @@ def quotient_contract(metric: str, distance: str, sides: str, **options) -> None
     skip: tuple[str, ...] = APPROXIMATE[distance]
     if (metric, distance) == ("embedded", "chordal"):
         skip = ("log_distance",)  # the chord is longer than its projection on the tangent space
+        if sides == "both":
+            # Differences of products, unwhitened by a Gram matrix of nearly low rank: in float32
+            # rounding hides the order of the error.
+            skip += ("single_precision",)
     first = draw(M + N, 2)
     check_manifold(
         FisherLoRAQuotient(M, N, metric, distance, **SIDES[sides]),

@@ -358,18 +358,18 @@ def test_size_is_no_obstacle(metric, ratio):
 
 @EVERY_METRIC
 @pytest.mark.parametrize("distance", ["exact", "aligned"])
-@pytest.mark.parametrize("case", ["opposite", "one side only"])
+@pytest.mark.parametrize("case", ["opposite", "far"])
 def test_substitutes_have_their_own_gradient(metric, distance, case):
     """Where no construction is found the distance, its derivative and the logarithm agree."""
     manifold = LoRAQuotient(7, 6, metric, distance)
     if case == "opposite":
         x = draw(7, 6, 4, 2)
         y = torch.cat((-x[:, :7], x[:, 7:]), -2) + 0.3 * draw(7, 6, 4, 2, seed=1)
+    elif distance == "exact":  # far apart: either end may find another geodesic, or none
+        x, y = draw(7, 6, 3, 2), draw(7, 6, 3, 2, seed=1)
     else:  # aligned from one end and not from the other
         x, y = draw(7, 6, 200, 2), draw(7, 6, 200, 2, seed=1)
         one_sided = manifold.log_path(x, y) != manifold.log_path(y, x)
-        if distance == "exact":
-            one_sided[:2] = True  # rare there; any two points will do
         assert int(one_sided.sum()) >= 2
         x, y = x[one_sided][:4], y[one_sided][:4]
     leaf = x.clone().requires_grad_()
