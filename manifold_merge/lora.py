@@ -236,6 +236,9 @@ class LoRAQuotient(FactorPairs):
         Returns:
             Integer codes of the batch shape.
         """
+        if self.distance == "chordal" or x.shape[-1] != y.shape[-1]:
+            batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+            return torch.full(batch, CHORDAL, device=x.device)
         return self._log(x, y)[1]
 
     @__scaling__(ScalingInfo(1))

@@ -92,7 +92,9 @@ def chordal_covector(x: Pair, y: Pair) -> Pair:
 
 def chordal_log(metric: LoRAMetric, x: Pair, y: Pair) -> Pair:
     """Horizontal lift at x of the tangent projection of W_y - W_x."""
-    return metric.horizontal(x, METRICS["embedded"].gradient(x, chordal_covector(x, y)))
+    lift = METRICS["embedded"].gradient(x, chordal_covector(x, y))
+    # Mixed and embedded have one horizontal space; the gradient lies in it.
+    return metric.horizontal(x, lift) if metric.name == "invariant" else lift
 
 
 def chordal_distance(x: Pair, y: Pair) -> Tensor:
