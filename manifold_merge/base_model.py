@@ -51,7 +51,8 @@ def load_base_model(
     Raises:
         ImportError: transformers is not installed.
         OSError: There is no such model.
-        ValueError: No class of it has the modules that the adapters name.
+        ValueError: The folder holds no model that transformers knows, or no class of it has the
+            modules that the adapters name.
     """
     try:
         import transformers
@@ -59,7 +60,13 @@ def load_base_model(
         raise ImportError(
             "a base model is loaded with transformers; pip install 'manifold-merge[peft]'"
         ) from error
-    config = transformers.AutoConfig.from_pretrained(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except ValueError as error:
+        raise ValueError(
+            f"base model {str(name)!r} cannot be loaded ({str(error).splitlines()[0]}); give a "
+            "folder in which transformers saved a model"
+        ) from error
     wanted = sorted({module for adapter in adapters for module in adapter.modules})
     tried: list[str] = []
     for cls in _candidates(transformers, config, adapters):

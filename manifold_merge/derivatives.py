@@ -16,7 +16,6 @@ from torch import Tensor
 
 from manifold_merge.accurate import inner, norm
 from manifold_merge.lora import LoRAQuotient
-from manifold_merge.lora_hessian import ehess2rhess
 from manifold_merge.solvers import Problem
 
 __all__ = [
@@ -153,7 +152,7 @@ def mean_hessian(problem: Problem, x: Tensor, u: Tensor, rows: Tensor | None = N
             return -lower(manifold, y, mean_direction(problem, y, rows))
 
         ehess = along(manifold, x, u, egrad, scale=scale)
-        return ehess2rhess(manifold, x, egrad(x), ehess, u)
+        return manifold.ehess2rhess(x, egrad(x), ehess, u)
 
     def back(y: Tensor) -> Tensor:
         return -transported(manifold, x, y, mean_direction(problem, y, rows))

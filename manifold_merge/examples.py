@@ -88,6 +88,11 @@ def read_texts(
                     f"{path}, line {number}: expected a text under the key {key!r}, got {keys}; "
                     "name the key of the text"
                 )
+            if not text.strip():
+                raise ValueError(
+                    f"{path}, line {number}: the text under the key {key!r} is empty; leave the "
+                    "line out"
+                )
             texts.append(text)
     if not texts:
         raise ValueError(f"data file {path} holds no text; give at least one line")

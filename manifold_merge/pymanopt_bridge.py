@@ -19,8 +19,6 @@ from torch import Tensor
 
 from manifold_merge.accurate import LinAlgError, accurate, dist2_logmap, inner
 from manifold_merge.derivatives import transported
-from manifold_merge.lora import LoRAQuotient
-from manifold_merge.lora_hessian import ehess2rhess
 from manifold_merge.quotient import squared_distance
 
 __all__ = ["GeooptInPymanopt", "PymanoptInGeoopt"]
@@ -159,8 +157,8 @@ class GeooptInPymanopt(Manifold):
     ) -> Array:
         """Riemannian Hessian, applied to ``tangent_vector``.
 
-        Its connection term is known on ``LoRAQuotient``, and where the manifold has a method
-        ``ehess2rhess(x, egrad, ehess, u)``.
+        It needs the connection term of the metric, which ``LoRAQuotient`` and each manifold with a
+        method ``ehess2rhess(x, egrad, ehess, u)`` know.
 
         Raises:
             NotImplementedError: On other manifolds. Give the problem a ``riemannian_hessian``, or
@@ -169,8 +167,6 @@ class GeooptInPymanopt(Manifold):
         arrays = (point, euclidean_gradient, euclidean_hessian, tangent_vector)
         if hasattr(self.geoopt, "ehess2rhess"):
             return self._call("ehess2rhess", *arrays)
-        if isinstance(self.geoopt, LoRAQuotient):
-            return _array(ehess2rhess(self.geoopt, *map(_tensor, arrays)))
         raise NotImplementedError(
             f"{self.geoopt} has no ehess2rhess(x, egrad, ehess, u), and projecting the Euclidean "
             "Hessian would be wrong: pass riemannian_hessian to the problem, or use "

@@ -285,6 +285,11 @@ def test_read_texts(tmp_path: Path) -> None:
         ("a.jsonl", '{"label": 1}\n', "line 1: expected a text under the key 'text', got keys"),
         ("a.jsonl", "3\n", "line 1: expected a text"),
         ("a.txt", "\n\n", "holds no text"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": " "}\n',
+            "line 2: the text under the key 'text' is empty",
+        ),
     ],
 )
 def test_bad_data_files(tmp_path: Path, name: str, content: str, message: str) -> None:
