@@ -18,7 +18,7 @@ import torch
 from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
-from manifold_merge.linalg import adjoint
+from manifold_merge.linalg import adjoint, broadcast_shapes
 from manifold_merge.quotient import QuotientManifold
 from manifold_merge.stiefel import Stiefel, sym
 
@@ -277,7 +277,7 @@ class _Product(geoopt.ProductManifold):
     @__scaling__(ScalingInfo(2, 1))
     def dist2_logmap(self, x: Tensor, y: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
         """Squared distance ``(...)`` and logarithm ``(..., *point)``."""
-        batch = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+        batch = broadcast_shapes(x.shape[:-1], y.shape[:-1])
         total, logs = x.new_zeros(batch), []
         for manifold, px, py in zip(self.manifolds, self._parts(x), self._parts(y), strict=True):
             squared, log = dist2_logmap(manifold, px, py)
@@ -310,7 +310,7 @@ class _Product(geoopt.ProductManifold):
 def dist2_logmap(manifold: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Squared distance ``(...)`` and logarithm ``(..., *point)`` on any manifold."""
     if isinstance(manifold, QuotientManifold):
-        batch = torch.broadcast_shapes(x.shape[: -manifold.ndim], y.shape[: -manifold.ndim])
+        batch = broadcast_shapes(x.shape[: -manifold.ndim], y.shape[: -manifold.ndim])
         x = x.expand(*batch, *x.shape[-manifold.ndim :])
     if hasattr(manifold, "dist2_logmap"):
         return manifold.dist2_logmap(x, y)

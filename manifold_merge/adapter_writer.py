@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from manifold_merge.adapter_config import CONFIG_NAME, KNOWN_KEYS, AdapterError
 from manifold_merge.adapters import PREFIX, WEIGHTS_NAME, Adapter, AdapterModule, ExtraTensor
+from manifold_merge.linalg import all_finite
 from manifold_merge.output_folder import atomic_folder, check_output_folder
+from manifold_merge.tensor_file import TensorFileWriter
 
 __all__ = ["check_adapter_output", "write_adapter"]
 
@@ -103,8 +104,7 @@ def write_adapter(
         Halve an adapter:
 
         >>> import json, tempfile, torch
-        >>> from safetensors.torch import save_file
-        >>> folder = Path(tempfile.mkdtemp())
+        >>>         >>> folder = Path(tempfile.mkdtemp())
         >>> config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["query"]}
         >>> _ = (folder / "adapter_config.json").write_text(json.dumps(config))
         >>> stem = "base_model.model.layer.0.query"
@@ -122,44 +122,70 @@ def write_adapter(
     """
     if not like:
         raise ValueError("like is empty; give the adapters whose configuration is carried over")
-    check_adapter_output(output, like=like, overwrite=overwrite)
     layouts = {name: m for adapter in reversed(like) for name, m in adapter.modules.items()}
+    check_adapter_output(output, like=like, overwrite=overwrite)
     pairs = modules.items() if isinstance(modules, Mapping) else modules
-    factors: dict[str, Factors] = {}
+    with atomic_folder(output, replaceable=_REPLACEABLE, overwrite=overwrite) as folder:
+        with TensorFileWriter(folder / WEIGHTS_NAME, _possible_keys(layouts, like)) as file:
+            ranks = _write_factors(file, pairs, layouts, like, dtype)
+            written = {name: layouts[name] for name in sorted(ranks)}
+            kinds = _write_extras(file, extras or {}, written, like, dtype)
+        config = _make_config(written, ranks, kinds, like)
+        (folder / CARD_NAME).write_text(_make_card(model_card, config, like), encoding="utf-8")
+        # Last, because a folder without it is no adapter folder.
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    return Path(output).resolve()
+
+
+def _possible_keys(layouts: Mapping[str, AdapterModule], like: Sequence[Adapter]) -> set[str]:
+    """Keys of all tensors that may have to be written."""
+    keys = {key for module in layouts.values() for key in module.factor_keys}
+    keys |= {_bias_key(module) for module in layouts.values()}
+    extras = {extra for adapter in like for extra in adapter.extras.values()}
+    return keys | {_extra_key(extra, layouts) for extra in extras if extra.kind != "lora_bias"}
+
+
+def _write_factors(
+    file: TensorFileWriter,
+    pairs: Iterable[tuple[str, Factors]],
+    layouts: Mapping[str, AdapterModule],
+    like: Sequence[Adapter],
+    dtype: torch.dtype | None,
+) -> dict[str, int]:
+    """Write factors as they come; returns the rank of each module."""
+    families = Counter(_parent(module) for module in layouts.values())
+    ranks: dict[str, int] = {}
+    waiting: dict[str, Factors] = {}  # for the others of their family, whose ranks must be equal
     for name, (B, A) in pairs:
-        if name in factors:
+        if name in ranks:
             raise AdapterError(f"module {name!r} was given twice; give each module once")
         if name not in layouts:
             raise AdapterError(
                 f"module {name!r} is in none of the input adapters; its kind is not known, so give "
                 "only modules that they have"
             )
+        module = layouts[name]
         stored = [adapter.modules[name].dtype for adapter in like if name in adapter.modules]
-        factors[name] = _prepare_factors(layouts[name], B, A, dtype or _widest(stored))
-    if not factors:
+        factors = _prepare_factors(module, B, A, dtype or _widest(stored))
+        ranks[name] = len(factors[1])
+        if families[_parent(module)] > 1 or _parent(module) != name:
+            waiting[name] = factors
+        else:
+            _write_pair(file, module, factors)
+    if not ranks:
         raise AdapterError("modules is empty; give the factors of at least one module")
-    _equalise_nested_ranks(factors, layouts)
+    _equalise_nested_ranks(waiting, layouts)
+    for name, factors in waiting.items():
+        ranks[name] = len(factors[1])
+        _write_pair(file, layouts[name], factors)
+    return ranks
 
-    tensors: dict[str, Tensor] = {}
-    for name, (B, A) in factors.items():
-        key_B, key_A = layouts[name].factor_keys
-        kernel = layouts[name].kernel
-        tensors[key_B] = B.reshape(*B.shape, *[1] * (len(kernel) - 1)) if kernel else B
-        tensors[key_A] = A.reshape(-1, *kernel) if kernel else A
-    written = {name: layouts[name] for name in sorted(factors)}
-    kinds = _add_extras(tensors, extras or {}, written, like, dtype)
-    ranks = {name: factors[name][1].shape[0] for name in written}
-    config = _make_config(written, ranks, kinds, like)
 
-    with atomic_folder(output, replaceable=_REPLACEABLE, overwrite=overwrite) as folder:
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-        (folder / CARD_NAME).write_text(_make_card(model_card, config, like), encoding="utf-8")
-        # Last, because a folder without it is no adapter folder.
-        file = folder / CONFIG_NAME
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        # safetensors makes its file readable by its owner alone.
-        (folder / WEIGHTS_NAME).chmod(file.stat().st_mode)
-    return Path(output).resolve()
+def _write_pair(file: TensorFileWriter, module: AdapterModule, factors: Factors) -> None:
+    (key_B, key_A), (B, A), kernel = module.factor_keys, factors, module.kernel
+    file.write(key_B, B.reshape(*B.shape, *[1] * (len(kernel) - 1)) if kernel else B)
+    file.write(key_A, A.reshape(-1, *kernel) if kernel else A)
 
 
 def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -174,9 +200,9 @@ def _to_disk(what: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     copy = tensor.detach().to(
         device="cpu", dtype=dtype, copy=True, memory_format=torch.contiguous_format
     )
-    if not torch.isfinite(copy).all():
+    if not all_finite(copy):
         cause = "was given with NaN or infinite values; check the inputs"
-        if torch.isfinite(tensor).all():
+        if all_finite(tensor):
             cause = f"overflows {dtype}; write it as torch.bfloat16 or torch.float32"
         raise AdapterError(f"{what} {cause}")
     return copy
@@ -225,15 +251,16 @@ def _equalise_nested_ranks(
                 factors[name] = pad(B, (0, missing)), pad(A, (0, 0, 0, missing))
 
 
-def _add_extras(
-    tensors: dict[str, Tensor],
+def _write_extras(
+    file: TensorFileWriter,
     extras: Mapping[str, Tensor],
     written: Mapping[str, AdapterModule],
     like: Sequence[Adapter],
     dtype: torch.dtype | None,
 ) -> dict[str, str]:
-    """Add the extras to ``tensors``; returns the kind of each."""
+    """Write the extras; returns the kind of each."""
     kinds: dict[str, str] = {}
+    biased: set[str] = set()
     for name, tensor in extras.items():
         known = [adapter.extras[name] for adapter in like if name in adapter.extras]
         if not known:
@@ -245,8 +272,10 @@ def _add_extras(
                 f"extra tensor {name!r} has shape {tuple(tensor.shape)}, expected {known[0].shape}"
             )
         target = dtype or _widest([extra.dtype for extra in known])
-        tensors[_extra_key(known[0], written)] = _to_disk(f"extra tensor {name!r}", tensor, target)
+        key = _extra_key(known[0], written)
+        file.write(key, _to_disk(f"extra tensor {name!r}", tensor, target))
         kinds[name] = known[0].kind
+        biased.add(key)
     if "lora_bias" in kinds.values():
         # With lora_bias, PEFT gives every adapted module a bias.
         for module in written.values():
@@ -255,10 +284,16 @@ def _add_extras(
                     f"module {module.name!r} is an embedding, which PEFT cannot load beside "
                     "lora_bias tensors; leave out one or the other"
                 )
-            key_B, _ = module.factor_keys
-            key = key_B.removesuffix("weight") + "bias"
-            tensors.setdefault(key, tensors[key_B].new_zeros(module.out_features))
+            if _bias_key(module) not in biased:
+                target = dtype or _widest(
+                    [a.modules[module.name].dtype for a in like if module.name in a.modules]
+                )
+                file.write(_bias_key(module), torch.zeros(module.out_features, dtype=target))
     return kinds
+
+
+def _bias_key(module: AdapterModule) -> str:
+    return f"{PREFIX}{module.stored_name or module.name}.lora_B.bias"
 
 
 def _extra_key(extra: ExtraTensor, written: Mapping[str, AdapterModule]) -> str:
@@ -269,7 +304,7 @@ def _extra_key(extra: ExtraTensor, written: Mapping[str, AdapterModule]) -> str:
                 f"extra tensor {extra.name!r} belongs to module {module!r}, which is not among the "
                 "modules; give both or neither"
             )
-        return f"{PREFIX}{written[module].stored_name}.lora_B.bias"
+        return _bias_key(written[module])
     # PEFT moves the parameters of a module that it adapts into its base_layer.
     module, _, parameter = extra.name.rpartition(".")
     if module in written:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from manifold_merge.adapter_config import CONFIG_NAME, AdapterError, pattern_value, read_config
+from manifold_merge.linalg import all_finite
 
 __all__ = ["PREFIX", "WEIGHTS_NAME", "Adapter", "AdapterModule", "ExtraTensor"]
 
@@ -206,13 +207,36 @@ class Adapter:
             KeyError: The adapter does not adapt this module.
             AdapterError: A value is NaN or infinite.
         """
-        if name not in self.modules:
-            raise KeyError(f"{self.path} does not adapt {name!r}; see Adapter.modules")
-        module = self.modules[name]
+        module = self._module(name)
         key_B, key_A = module.factor_keys
         B = self._read(key_B, dtype, device, module.scaling)
         A = self._read(key_A, dtype, device)
         return B.reshape(module.out_features, module.rank), A.reshape(module.rank, -1)
+
+    def read_factors(self, name: str, out: tuple[Tensor, Tensor]) -> None:
+        """Read the factors of one module into tensors that exist, views of a batch for instance.
+
+        Args:
+            name: The module's name in the base model.
+            out: B ``(m, r)``, which gets the scaling, and A ``(r, n)``, of float32 or float64, on
+                any device.
+
+        Raises:
+            KeyError: The adapter does not adapt this module.
+            AdapterError: A value is NaN or infinite.
+        """
+        module = self._module(name)
+        for key, place in zip(module.factor_keys, out, strict=True):
+            stored = self._get(key)
+            self._check_finite(key, stored)
+            place.copy_(stored.reshape(place.shape))
+        if module.scaling != 1.0:
+            out[0].mul_(module.scaling)
+
+    def _module(self, name: str) -> AdapterModule:
+        if name not in self.modules:
+            raise KeyError(f"{self.path} does not adapt {name!r}; see Adapter.modules")
+        return self.modules[name]
 
     def extra(
         self,
@@ -297,11 +321,9 @@ class Adapter:
         return tensor if dtype is None else tensor.to(dtype)
 
     def _check_finite(self, key: str, tensor: Tensor) -> None:
-        # NaN and infinity survive a sum, which is one pass without a temporary; a sum that
-        # overflows by itself is told apart by the slow test.
         if key in self._finite:
             return
-        if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
+        if not all_finite(tensor):
             raise AdapterError(
                 f"{self.path / WEIGHTS_NAME}: tensor {key!r} holds NaN or infinite values; the "
                 "training diverged or the file is damaged: use an earlier checkpoint"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from manifold_merge.checks_frame import LAWS, NotApplicable, Sample, convert, register_law
 from manifold_merge.checks_report import Measurement, claim, crash
+from manifold_merge.linalg import broadcast_shapes
 
 # Each method with its arguments: x, y points; u, v tangent at x; a any array.
 METHODS = {
@@ -80,7 +81,7 @@ def check_shapes(sample: Sample) -> Iterator[Measurement]:
             for out in outputs:
                 got = tuple(out.shape)
                 if name == "component_inner":
-                    got = tuple(torch.broadcast_shapes(got, point))
+                    got = tuple(broadcast_shapes(got, point))
                 yield claim(f"{label} has shape {got}, expected {expected}", got == expected)
                 kind, wanted = (out.dtype, out.device), (sample.x.dtype, sample.x.device)
                 yield claim(f"{label} is of {kind}, expected {wanted}", kind == wanted)

@@ -8,7 +8,7 @@ matrices of at most K = Σ rᵢ rows, and no m x n matrix is ever formed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from manifold_merge.linalg import adjoint
 from manifold_merge.lora_log import balance
 from manifold_merge.lora_metrics import Pair
 
-__all__ = ["ColumnSpan", "reduce_pairs", "truncated_sum"]
+__all__ = ["ColumnSpan", "reduce_pairs", "stacked_gram", "truncated_sum"]
 
 
 class ColumnSpan:
@@ -41,49 +41,107 @@ class ColumnSpan:
     """
 
     def __init__(self, matrices: Sequence[Tensor]) -> None:
-        stacked = torch.cat(list(matrices), -1)
-        rows, columns = stacked.shape[-2:]
-        work = stacked if stacked.device.type == "mps" else stacked.double()
-        self.dtype = stacked.dtype
-        self.dimension = min(rows, columns)
-        self._matrix: Tensor | None = stacked
+        first = matrices[0]
+        self.dtype = first.dtype
+        self._work = first.dtype if first.device.type == "mps" else torch.float64
+        self._parts: list[Tensor] | None = list(matrices)
+        self._frame: Tensor | None = None
         self._solve: Tensor | None = None
-        coordinates: Tensor | None = work
+        rows, columns = first.shape[-2], sum(x.shape[-1] for x in matrices)
+        self.dimension = min(rows, columns)
+        coordinates: Tensor | None
         if columns >= rows:
-            self._matrix = None
+            self._parts, coordinates = None, self._stacked(matrices)
         else:
-            coordinates = self._from_gram(work)
+            coordinates = self._from_gram(matrices)
             if coordinates is None:
-                self._matrix, coordinates = torch.linalg.qr(work)
-        assert coordinates is not None
+                self._parts = None
+                self._frame, coordinates = torch.linalg.qr(self._stacked(matrices))
         self.coordinates = list(coordinates.split([x.shape[-1] for x in matrices], -1))
 
-    def _from_gram(self, x: Tensor) -> Tensor | None:
-        gram = adjoint(x) @ x
+    def _stacked(self, matrices: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(matrices), -1).to(self._work)
+
+    def _from_gram(self, matrices: Sequence[Tensor]) -> Tensor | None:
+        gram = stacked_gram(matrices, self._work)
         length = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        zero = (length == 0).to(x.dtype)  # a column of zeros gets a direction that nothing uses
+        zero = (length == 0).to(gram.dtype)  # a column of zeros gets a direction that nothing uses
         inverse_length = (1 - zero) / (length + zero)
         gram = gram * inverse_length[..., None, :] * inverse_length[..., :, None]
         lower, info = torch.linalg.cholesky_ex(gram + torch.diag_embed(zero))
         if bool(info.any()):
             return None
-        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-        condition = inverse.square().sum((-2, -1)) * x.shape[-1]  # at least the square of it
+        condition = inverse.square().sum((-2, -1)) * gram.shape[-1]  # at least the square of it
         # Data in float32 have rounding of 6e-8 themselves; float64 data keep 11 digits.
         allowed = 1e-11 if self.dtype == torch.float64 else 1e-8
-        if not bool((condition * torch.finfo(x.dtype).eps <= allowed).all()):
+        if not bool((condition * torch.finfo(gram.dtype).eps <= allowed).all()):
             return None
         self._solve = inverse_length[..., :, None] * adjoint(inverse)
         return adjoint(lower) * length[..., None, :]
 
     def expand(self, coordinates: Tensor) -> Tensor:
         """Q c in the dtype of the matrices, ``(..., m, r)`` from ``(..., dimension, r)``."""
-        if self._solve is not None:
-            coordinates = self._solve @ coordinates
-        if self._matrix is not None:
-            coordinates = self._matrix @ coordinates.to(self._matrix.dtype)
+        if self._frame is not None:
+            coordinates = self._frame @ coordinates
+        elif self._parts is not None:
+            assert self._solve is not None
+            solved = (self._solve @ coordinates).to(self.dtype)
+            coordinates = _stacked_product(self._parts, solved)
         return coordinates.to(self.dtype)
+
+
+def stacked_gram(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """XᵀX of X = [X_1, ..., X_k], ``(..., K, K)``, in the given dtype.
+
+    On a CPU one matrix of the batch is converted and multiplied at a time: its copy then stays in
+    the cache, which is faster than a product of the whole batch, and needs no memory.
+
+    Args:
+        matrices: k tensors ``(..., m, r_i)`` of one batch shape.
+        dtype: Type of the result and of the arithmetic.
+    """
+    if not _one_by_one(matrices):
+        stacked = torch.cat(list(matrices), -1).to(dtype)
+        return adjoint(stacked) @ stacked
+    copies = _copies(matrices, dtype)
+    gram = torch.stack([copy.mT @ copy for copy in copies])
+    return gram.reshape(*matrices[0].shape[:-2], *gram.shape[-2:])
+
+
+def _stacked_product(matrices: Sequence[Tensor], right: Tensor) -> Tensor:
+    """[X_1, ..., X_k] c, ``(..., m, r)``, without the stacked matrix of the whole batch."""
+    if not _one_by_one([*matrices, right]):
+        return torch.cat(list(matrices), -1) @ right
+    copies = _copies(matrices, right.dtype)
+    result = right.new_empty(*right.shape[:-2], matrices[0].shape[-2], right.shape[-1])
+    flat = zip(
+        copies,
+        right.reshape(-1, *right.shape[-2:]),
+        result.reshape(-1, *result.shape[-2:]),
+        strict=True,
+    )
+    for copy, c, place in flat:
+        torch.mm(copy, c, out=place)
+    return result
+
+
+def _one_by_one(matrices: Sequence[Tensor]) -> bool:
+    """Whether a batch is better worked on one element at a time, in one small buffer."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in matrices):
+        return False
+    return all(x.device.type == "cpu" for x in matrices)
+
+
+def _copies(matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Stack and convert one batch element after the other, ``(m, K)``, always in one buffer."""
+    widths = [x.shape[-1] for x in matrices]
+    buffer = torch.empty(matrices[0].shape[-2], sum(widths), dtype=dtype)
+    for parts in zip(*(x.reshape(-1, *x.shape[-2:]) for x in matrices), strict=True):
+        for part, place in zip(parts, buffer.split(widths, -1), strict=True):
+            place.copy_(part)
+        yield buffer
 
 
 def reduce_pairs(

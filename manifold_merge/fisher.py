@@ -19,7 +19,7 @@ from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
 from manifold_merge.fisher_factor import MetricFactor
-from manifold_merge.linalg import adjoint
+from manifold_merge.linalg import adjoint, broadcast_shapes
 from manifold_merge.lora import LoRAQuotient
 from manifold_merge.lora_metrics import Pair
 from manifold_merge.statistics_gram import Gram
@@ -54,7 +54,7 @@ class ConstantMetric(geoopt.Manifold):
         """g(u, v), of the batch shape; ``keepdim`` keeps dimensions of size 1."""
         product = self.covector(u) * (u if v is None else v)
         value = product.flatten(product.ndim - self.ndim).sum(-1)
-        value = value.expand(torch.broadcast_shapes(value.shape, x.shape[: x.ndim - self.ndim]))
+        value = value.expand(broadcast_shapes(value.shape, x.shape[: x.ndim - self.ndim]))
         return value[(..., *(None,) * self.ndim)] if keepdim else value
 
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
@@ -64,7 +64,7 @@ class ConstantMetric(geoopt.Manifold):
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
         """The whole inner product, broadcast to the shape of a point."""
         whole = self.inner(x, u, v, keepdim=True)
-        return whole.expand(torch.broadcast_shapes(whole.shape, u.shape))
+        return whole.expand(broadcast_shapes(whole.shape, u.shape))
 
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         """The gradient in this metric: the Euclidean one times the inverse metric."""
@@ -77,7 +77,7 @@ class ConstantMetric(geoopt.Manifold):
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Every array is a tangent vector."""
-        return u.expand(torch.broadcast_shapes(x.shape, u.shape))
+        return u.expand(broadcast_shapes(x.shape, u.shape))
 
     def projx(self, x: Tensor) -> Tensor:
         """Every finite array is a point."""
@@ -112,7 +112,7 @@ class ConstantMetric(geoopt.Manifold):
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         """Vectors stay as they are."""
-        shape = torch.broadcast_shapes(x.shape, y.shape, v.shape)
+        shape = broadcast_shapes(x.shape, y.shape, v.shape)
         return v.expand(shape)
 
     @__scaling__(ScalingInfo())
@@ -359,7 +359,7 @@ class FisherLoRAQuotient(LoRAQuotient):
             y if side is None else side.unwhiten(y, adjoint_root=adjoint_root)
             for y, side in zip(pair, sides, strict=True)
         ]
-        batch = torch.broadcast_shapes(*(y.shape[:-2] for y in parts))
+        batch = broadcast_shapes(*(y.shape[:-2] for y in parts))
         return torch.cat([y.expand(*batch, *y.shape[-2:]) for y in parts], -2)
 
     def _split_covector(self, u: Tensor) -> Pair:

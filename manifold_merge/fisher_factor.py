@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from manifold_merge.linalg import adjoint
+from manifold_merge.linalg import adjoint, broadcast_shapes
 from manifold_merge.statistics_gram import Gram
 
 __all__ = ["MetricFactor"]
@@ -201,7 +201,7 @@ class MetricFactor(nn.Module):
                 (f.low_rank * w.sqrt()[..., None], f.remainder * w)  # type: ignore[operator]
                 for f, w in zip(factors, spread, strict=True)
             ]
-            batch = torch.broadcast_shapes(*(d.shape[:-1] for _, d in pairs))
+            batch = broadcast_shapes(*(d.shape[:-1] for _, d in pairs))
             low_rank = torch.cat([x.expand(*batch, *x.shape[-2:]) for x, _ in pairs], -1)
             diagonal = torch.stack([d.expand(*batch, d.shape[-1]) for _, d in pairs]).sum(0)
             return MetricFactor(low_rank=low_rank, diagonal=diagonal, check=False)

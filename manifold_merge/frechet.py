@@ -15,6 +15,7 @@ from manifold_merge.accurate import accurate, has_logmap
 from manifold_merge.fisher import ConstantMetric
 from manifold_merge.fisher_mean import mean_with_metrics
 from manifold_merge.implicit import differentiable
+from manifold_merge.linalg import all_finite
 from manifold_merge.newton import has_newton
 from manifold_merge.quotient import QuotientManifold
 from manifold_merge.solution import FrechetSolution, Status
@@ -267,13 +268,13 @@ def _checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor]
     batches = {tuple(x.shape[: x.ndim - manifold.ndim]) for x in anchors}
     if len(batches) > 1:
         raise ValueError(f"points: anchors have different batch shapes {sorted(batches)}")
-    whole = isinstance(points, Tensor) and bool(points.isfinite().all())
+    whole = isinstance(points, Tensor) and all_finite(points)
     for i, x in enumerate(anchors[:1] if whole else anchors):  # slices of one tensor are alike
         try:
             manifold.assert_check_point(x)
         except ValueError as error:
             raise ValueError(f"points[{i}]: {error}") from error
-        if not bool(x.isfinite().all()):
+        if not all_finite(x):
             bad = int((~x.isfinite()).sum())
             raise ValueError(f"points[{i}]: {bad} entries are NaN or infinite; repair that anchor")
     return anchors

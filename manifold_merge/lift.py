@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from manifold_merge.core import stacked_gram
 from manifold_merge.frechet import normalized_weights
 from manifold_merge.linalg import adjoint
 from manifold_merge.lora import LoRAQuotient
@@ -72,9 +73,11 @@ def lifted_mean(
     """
     if power is not None and not 0 <= power <= 1:
         raise ValueError(f"power: expected a number from 0 (no lift) to 1, got {power}")
-    width = min(sum(x.shape[-1] for x in points), manifold.out_features, manifold.in_features)
-    rank = width if rank is None else rank
-    reduced, anchors, restore = manifold.reduce(points, rank=rank)
+    limit = min(manifold.out_features, manifold.in_features)
+    rank = min(sum(x.shape[-1] for x in points), limit) if rank is None else rank
+    if not 1 <= rank <= limit:
+        raise ValueError(f"rank: expected 1 <= rank <= {limit} = min(m, n), got {rank}")
+    reduced, anchors, restore = manifold.reduce(points)
     weights = normalized_weights(weights, len(anchors), like=anchors)
     weights = weights.reshape((*weights.shape, *(1,) * (anchors.ndim - 2 - weights.ndim)))
     weights = weights.expand(anchors.shape[:-2])
@@ -148,9 +151,16 @@ def pairwise_inner(manifold: LoRAQuotient, points: Sequence[Tensor]) -> Tensor:
     Returns:
         ``(k, k, ...)``.
     """
-    reduced, anchors, _ = manifold.reduce(points)
-    u, v, s = _singular_frames(reduced, anchors)
-    return _gram(u, v, s)
+    work = torch.float64 if points[0].device.type != "mps" else points[0].dtype
+    pairs = [manifold.unpack(x) for x in points]
+    left = stacked_gram([b for b, _ in pairs], work)
+    right = stacked_gram([a.mT for _, a in pairs], work)
+    widths = [x.shape[-1] for x in points]
+    blocks = [
+        [block.sum((-2, -1)) for block in row.split(widths, -1)]
+        for row in (left * right).split(widths, -2)
+    ]
+    return torch.stack([torch.stack(row) for row in blocks]).to(points[0].dtype)
 
 
 def _singular_frames(reduced: LoRAQuotient, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor]:

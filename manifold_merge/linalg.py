@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from scipy.integrate import DOP853
 from torch import Tensor
 
 __all__ = [
     "adjoint",
+    "all_finite",
+    "broadcast_shapes",
     "hermitian_pinv",
     "in_batches",
     "integrate",
@@ -63,6 +66,25 @@ def symmetric_sylvester(s: Tensor, h: Tensor) -> Tensor:
     fixed = solve(h.detach())
     change = s - s.detach()
     return solve(h - fixed @ change - change @ fixed)
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether no entry is NaN or infinite, in one pass without a temporary tensor.
+
+    NaN and infinity survive a sum; a sum that overflows by itself is told apart by the slow test.
+    """
+    total = x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
+    return bool(total.isfinite()) or bool(x.isfinite().all())
+
+
+def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
+    """The shape to which the given ones broadcast.
+
+    As ``torch.broadcast_shapes``, whose first call imports a computer algebra system (0.4 seconds).
+    """
+    if torch.compiler.is_compiling():
+        return torch.Size(torch.broadcast_shapes(*shapes))
+    return torch.Size(np.broadcast_shapes(*map(tuple, shapes)))
 
 
 def principal_sqrt(x: Tensor, *, iterations: int = 40) -> tuple[Tensor, Tensor]:

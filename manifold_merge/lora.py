@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manifold_merge.core import reduce_pairs, truncated_sum
 from manifold_merge.factor_pairs import FactorPairs
-from manifold_merge.linalg import _traced
+from manifold_merge.linalg import _traced, broadcast_shapes
 from manifold_merge.lora_hessian import ehess2rhess
 from manifold_merge.lora_log import (
     ALIGNED,
@@ -237,7 +237,7 @@ class LoRAQuotient(FactorPairs):
             Integer codes of the batch shape.
         """
         if self.distance == "chordal" or x.shape[-1] != y.shape[-1]:
-            batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+            batch = broadcast_shapes(x.shape[:-2], y.shape[:-2])
             return torch.full(batch, CHORDAL, device=x.device)
         return self._log(x, y)[1]
 
@@ -493,5 +493,5 @@ def _working_type(x: Tensor) -> torch.dtype:
 
 def _broadcast(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Broadcast the batch dimensions; the ranks may differ."""
-    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    batch = broadcast_shapes(x.shape[:-2], y.shape[:-2])
     return x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])

@@ -342,7 +342,7 @@ class _Plan:
                 tally.add(solution)
                 b, a = manifold.unpack(solution.point)
                 for i, name in enumerate(names):
-                    yield name, (b[i] * self._factor, a[i])
+                    yield name, (b[i] if self._factor == 1 else b[i] * self._factor, a[i])
                 for adapter in self.adapters:
                     adapter.release()
                 done += len(names)
@@ -461,9 +461,17 @@ class _Plan:
     def _points(
         self, adapter: Adapter, group: ModuleGroup, names: Sequence[str], manifold: Any
     ) -> Tensor:
-        pairs = [adapter.factors(name, device=self.device) for name in names]
-        factors = torch.stack([b for b, _ in pairs]), torch.stack([a for _, a in pairs])
-        points: Tensor = manifold.pack(*factors)
+        stored = [adapter.modules[name].dtype for name in names]
+        dtype = functools.reduce(torch.promote_types, stored, torch.float32)
+        m, rank = group.out_features, adapter.modules[names[0]].rank
+        stacked = torch.empty(
+            len(names), m + group.in_features, rank, dtype=dtype, device=self.device
+        )
+        for name, x in zip(names, stacked, strict=True):
+            adapter.read_factors(name, (x[:m], x[m:].mT))
+        if isinstance(manifold, LoRAQuotient):  # its points are these stacks
+            return stacked
+        points: Tensor = manifold.pack(stacked[:, :m], stacked[:, m:].mT)
         return points
 
     # --- extras and the card ---------------------------------------------------------------------

@@ -19,7 +19,7 @@ __all__ = ["check_weights", "least_cosine", "mean_of_extras", "weighted_sum"]
 
 
 # Modules in which closeness is measured; more change the average by little and cost a read.
-CLOSENESS_SAMPLE = 32
+CLOSENESS_SAMPLE = 24
 
 
 def mean_of_extras(
@@ -75,7 +75,8 @@ def least_cosine(
     """
     pairs = [(g, name) for g in group_modules(adapters) for name in g.names]
     gram = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
-    for group, name in pairs[:: max(1, len(pairs) // CLOSENESS_SAMPLE)]:
+    count = min(len(pairs), CLOSENESS_SAMPLE)
+    for group, name in (pairs[i * len(pairs) // count] for i in range(count)):
         present = [i for i, r in enumerate(group.ranks) if r]
         manifold = LoRAQuotient(group.out_features, group.in_features)
         having = [points(adapters[i], group, [name], manifold) for i in present]

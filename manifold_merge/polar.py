@@ -11,7 +11,7 @@ import torch
 from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
-from manifold_merge.linalg import adjoint, hermitian_pinv, symmetric_sylvester
+from manifold_merge.linalg import adjoint, broadcast_shapes, hermitian_pinv, symmetric_sylvester
 from manifold_merge.lora_log import ALIGNED, CHORDAL, EXACT, chordal_distance
 from manifold_merge.polar_alignment import Triple, act, polar_factor
 from manifold_merge.polar_factors import PolarFactors
@@ -149,7 +149,7 @@ class PolarLoRAQuotient(QuotientManifold):
         (frame_u, upper_u), (frame_v, upper_v) = torch.linalg.qr(B), torch.linalg.qr(adjoint(A))
         u, s, vh = torch.linalg.svd(upper_u @ adjoint(upper_v))
         parts = (frame_u @ u, torch.diag_embed(s), frame_v @ adjoint(vh))
-        batch = torch.broadcast_shapes(*(p.shape[:-2] for p in parts))
+        batch = broadcast_shapes(*(p.shape[:-2] for p in parts))
         return self.total.join([p.expand(*batch, *p.shape[-2:]) for p in parts])
 
     @__scaling__(ScalingInfo())
@@ -478,5 +478,5 @@ class PolarLoRAQuotient(QuotientManifold):
 
 def _broadcast(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Broadcast the batch dimensions; the ranks may differ."""
-    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+    batch = broadcast_shapes(x.shape[:-2], y.shape[:-2])
     return x.expand(*batch, *x.shape[-2:]), y.expand(*batch, *y.shape[-2:])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from manifold_merge.accurate import LinAlgError, accurate, dist2_logmap, inner
 from manifold_merge.derivatives import transported
+from manifold_merge.linalg import broadcast_shapes
 from manifold_merge.quotient import squared_distance
 
 __all__ = ["GeooptInPymanopt", "PymanoptInGeoopt"]
@@ -220,7 +221,7 @@ class PymanoptInGeoopt(geoopt.Manifold):
     def _map(self, function: Callable[..., Any], *tensors: Tensor, scalar: bool = False) -> Tensor:
         """Call a numpy function on each element of the broadcast batch."""
         shape = self.point_shape
-        batch = torch.broadcast_shapes(*(t.shape[: t.ndim - self.ndim] for t in tensors))
+        batch = broadcast_shapes(*(t.shape[: t.ndim - self.ndim] for t in tensors))
         flat = [t.detach().expand(*batch, *shape).reshape(-1, *shape) for t in tensors]
         arrays = [t.cpu().to(torch.float64).numpy() for t in flat]
         results = [function(*element) for element in zip(*arrays, strict=True)]

@@ -25,6 +25,8 @@ import torch
 from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
+from manifold_merge.linalg import broadcast_shapes
+
 __all__ = ["QuotientManifold", "squared_distance"]
 
 Gauge = Callable[[Tensor], Tensor]
@@ -107,7 +109,7 @@ def squared_distance(manifold: Any, x: Tensor, y: Tensor) -> Tensor:
     Returns:
         Squared distances of the batch shape.
     """
-    batch = torch.broadcast_shapes(x.shape[: -manifold.ndim], y.shape[: -manifold.ndim])
+    batch = broadcast_shapes(x.shape[: -manifold.ndim], y.shape[: -manifold.ndim])
     x = x.expand(*batch, *x.shape[-manifold.ndim :])
     y = y.expand(*batch, *y.shape[-manifold.ndim :])
     return _SquaredDistance.apply(x, y, manifold)

@@ -335,7 +335,7 @@ def test_an_error_while_writing_leaves_nothing(
 
     output = adapter.path.parent / "out"
     write_adapter(output, content(adapter), like=[adapter], model_card="first")
-    monkeypatch.setattr("manifold_merge.adapter_writer.save_file", full)
+    monkeypatch.setattr("manifold_merge.tensor_file.TensorFileWriter.write", full)
     with pytest.raises(OSError, match="No space left"):
         write_adapter(output, content(adapter), like=[adapter], overwrite=True)
     assert (output / "README.md").read_text().endswith("first")
@@ -354,12 +354,14 @@ def stop(*arguments, **options):
     print("ready", flush=True)
     time.sleep(60)
 
-def half(tensors, path, metadata):
-    Path(path).write_bytes(b"half a file")
-    stop()
-
 if place == "tensors":
-    adapter_writer.save_file = half
+    write = adapter_writer.TensorFileWriter.write
+
+    def half(file, name, tensor):
+        write(file, name, tensor)
+        stop()
+
+    adapter_writer.TensorFileWriter.write = half
 elif place == "configuration":
     adapter_writer._make_card = stop
 else:

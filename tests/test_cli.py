@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import json
-import os
-import re
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -520,20 +515,6 @@ def test_long_names_fit_80_columns(tmp_path: Path) -> None:
     assert "long_0" in "".join(lines).replace(" ", "")
 
 
-# --- the program itself --------------------------------------------------------------------------
-
-
-def program(*arguments: object, **options: Any) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "manifold_merge", *map(str, arguments)],
-        capture_output=True,
-        cwd=ROOT,
-        env=os.environ | {"COLUMNS": "80"} | options,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_help_and_version() -> None:
     assert run("--version").stdout == f"manifold-merge {package_version}\n"
     overview = run("--help")
@@ -547,86 +528,3 @@ def test_help_and_version() -> None:
         )
         if option not in ("adapters", "progress"):
             assert f"--{option}" in text
-
-
-@pytest.mark.slow
-def test_the_installed_program(two: list[Path], tmp_path: Path) -> None:
-    # Not even a terminal that knows ASCII only stops it.
-    result = program(
-        "adapters", *two, "--output", tmp_path / "out", "--json", PYTHONIOENCODING="ascii"
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == b""
-    assert json.loads(result.stdout)["output"] == str(tmp_path / "out")
-    shown = program("inspect", *two, PYTHONIOENCODING="ascii")
-    assert shown.returncode == 0, shown.stderr
-    assert b"stable rank" in shown.stdout
-    failed = program("adapters", *two, "--output", tmp_path / "out")
-    assert failed.returncode == 2
-    assert failed.stdout == b""
-    assert re.fullmatch(rb"error: output .* exists; .*--overwrite\n", failed.stderr)
-
-
-SLOW_WRITE = """
-import signal, time
-# A shell starts background jobs with the signal ignored.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-import manifold_merge.adapter_writer as writer
-from manifold_merge.cli import main
-def save_slowly(tensors, file, **options):
-    open(file, "wb").write(b"half a file")
-    time.sleep(60)
-writer.save_file = save_slowly
-main()
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="signals are sent as on Unix")
-def test_interruption_leaves_nothing_behind(two: list[Path], tmp_path: Path) -> None:
-    place = tmp_path / "results"
-    place.mkdir()
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_WRITE, "adapters", *map(str, two), "-o", str(place / "out")],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 240
-    while not list(place.glob(".*/*.safetensors")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert (stdout, stderr) == (b"", b"error: interrupted\n")
-    assert list(place.iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="uses a Linux pseudo-terminal")
-def test_progress_is_shown_on_a_terminal_only(two: list[Path], tmp_path: Path) -> None:
-    import pty
-
-    parent, child = pty.openpty()
-    command = [sys.executable, "-m", "manifold_merge", "adapters", *map(str, two), "--json"]
-    with subprocess.Popen(
-        [*command, "-o", str(tmp_path / "out")],
-        cwd=ROOT,
-        env=os.environ | {"TERM": "xterm"},
-        stdout=subprocess.PIPE,
-        stderr=child,
-    ) as process:
-        os.close(child)
-        shown = b""
-        try:
-            while chunk := os.read(parent, 4096):
-                shown += chunk
-        except OSError:  # Linux: the other end is closed
-            pass
-        assert process.stdout is not None
-        assert json.loads(process.stdout.read())["converged"]
-    os.close(parent)
-    assert b"merging" in shown
-    assert b"3/3" in shown
