@@ -8,6 +8,7 @@ matrices of at most K = Σ rᵢ rows, and no m x n matrix is ever formed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -81,15 +82,19 @@ class ColumnSpan:
         self._solve = inverse_length[..., :, None] * adjoint(inverse)
         return adjoint(lower) * length[..., None, :]
 
-    def expand(self, coordinates: Tensor) -> Tensor:
-        """Q c in the dtype of the matrices, ``(..., m, r)`` from ``(..., dimension, r)``."""
+    def expand(self, coordinates: Tensor, out: Tensor | None = None) -> Tensor:
+        """Q c in the dtype of the matrices, ``(..., m, r)`` from ``(..., dimension, r)``.
+
+        Args:
+            coordinates: c, in any floating-point dtype.
+            out: Where to put the result; a new tensor if ``None``.
+        """
+        if self._parts is not None:
+            assert self._solve is not None
+            return _stacked_product(self._parts, (self._solve @ coordinates).to(self.dtype), out)
         if self._frame is not None:
             coordinates = self._frame @ coordinates
-        elif self._parts is not None:
-            assert self._solve is not None
-            solved = (self._solve @ coordinates).to(self.dtype)
-            coordinates = _stacked_product(self._parts, solved)
-        return coordinates.to(self.dtype)
+        return coordinates.to(self.dtype) if out is None else out.copy_(coordinates)
 
 
 def stacked_gram(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -110,20 +115,18 @@ def stacked_gram(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return gram.reshape(*matrices[0].shape[:-2], *gram.shape[-2:])
 
 
-def _stacked_product(matrices: Sequence[Tensor], right: Tensor) -> Tensor:
+def _stacked_product(
+    matrices: Sequence[Tensor], right: Tensor, out: Tensor | None = None
+) -> Tensor:
     """[X_1, ..., X_k] c, ``(..., m, r)``, without the stacked matrix of the whole batch."""
     if not _one_by_one([*matrices, right]):
-        return torch.cat(list(matrices), -1) @ right
+        result = torch.cat(list(matrices), -1) @ right
+        return result if out is None else out.copy_(result)
+    shape = (*right.shape[:-2], matrices[0].shape[-2], right.shape[-1])
+    result = right.new_empty(shape) if out is None else out
     copies = _copies(matrices, right.dtype)
-    result = right.new_empty(*right.shape[:-2], matrices[0].shape[-2], right.shape[-1])
-    flat = zip(
-        copies,
-        right.reshape(-1, *right.shape[-2:]),
-        result.reshape(-1, *result.shape[-2:]),
-        strict=True,
-    )
-    for copy, c, place in flat:
-        torch.mm(copy, c, out=place)
+    for copy, index in zip(copies, itertools.product(*map(range, shape[:-2])), strict=True):
+        torch.mm(copy, right[index], out=result[index])
     return result
 
 

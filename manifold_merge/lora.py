@@ -437,7 +437,14 @@ class LoRAQuotient(FactorPairs):
 
         def restore(x: Tensor) -> Tensor:
             b, a = reduced._split(x)
-            return self._join((rows.expand(b), columns.expand(a)))
+            if torch.is_grad_enabled() and x.requires_grad:
+                return self._join((rows.expand(b), columns.expand(a)))
+            size = self.out_features + self.in_features
+            point = points[0].new_empty(*x.shape[:-2], size, x.shape[-1])
+            out = self._split(point)
+            rows.expand(b, out[0])
+            columns.expand(a, out[1])
+            return point
 
         return reduced, self._join((b, a)), restore
 

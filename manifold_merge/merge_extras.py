@@ -19,7 +19,7 @@ __all__ = ["check_weights", "least_cosine", "mean_of_extras", "weighted_sum"]
 
 
 # Modules in which closeness is measured; more change the average by little and cost a read.
-CLOSENESS_SAMPLE = 24
+CLOSENESS_SAMPLE = 16
 
 
 def mean_of_extras(
