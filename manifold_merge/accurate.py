@@ -38,6 +38,8 @@ __all__ = [
 
 def weighted_sum(weights: Tensor, points: Tensor) -> Tensor:
     """Σᵢ wᵢ xᵢ, ``(..., *point)``, of weights ``(k, ...)`` and points ``(k, ..., *point)``."""
+    if weights.ndim == 1 and weights.dtype == points.dtype:
+        return torch.tensordot(weights, points, 1)  # without a temporary of the size of all points
     spread = weights.reshape((*weights.shape, *(1,) * (points.ndim - weights.ndim)))
     return (spread * points).sum(0)
 

@@ -13,6 +13,7 @@ import typer
 
 from manifold_merge._version import __version__
 from manifold_merge.cli_calibrate import calibrate
+from manifold_merge.cli_models import models
 from manifold_merge.cli_options import (
     Debug,
     DifferentBase,
@@ -49,7 +50,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Merge LoRA adapters as Fréchet means, without the base model.",
+    help="Merge LoRA adapters and whole models as Fréchet means.",
     epilog="Exit codes: 0 done, 1 not converged (with --strict), 2 bad input, 3 an error of the "
     "program, 130 interrupted.",
 )
@@ -283,6 +284,7 @@ def adapters(
 
 
 app.command()(calibrate)
+app.command()(models)
 
 
 @app.command()

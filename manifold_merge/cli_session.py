@@ -28,10 +28,14 @@ __all__ = ["Session", "in_cli_words", "session"]
 BAD_INPUT, PROGRAM_ERROR, INTERRUPTED = 2, 3, 130
 
 # Options that the command line has under the same name; a path may hold text that looks like them.
-_VALUED = "device|distance|dtype|extras|geometry|missing|rank|scale|weights"
+_VALUED = (
+    "damping|device|distance|dtype|extras|geometry|missing|rank|scale|scope|statistics|weights"
+)
 _WORDS = (
     (r"\b\w+=True \((--[\w-]+)\)", r"\1"),
     (r"\ballow_different_base=True", "--allow-different-base"),
+    (r"\ballow_different_config=True", "--allow-different-config"),
+    (r"\bmax_shard_size\b", "--max-shard-size"),
     (r"\bsum=True", "--sum"),
     (r"\bp=1\b", "--median"),
     (r"\bignore_config_keys\b", "--ignore-config-key"),

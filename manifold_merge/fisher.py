@@ -43,10 +43,14 @@ class ConstantMetric(geoopt.Manifold):
     @__scaling__(ScalingInfo())
     def covector(self, u: Tensor) -> Tensor:
         """Lower the index: c with <c, v> = g(u, v) for each v, ``(..., *point)``."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define covector(u): the metric applied to a vector"
+        )
 
     def _raise(self, c: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define _raise(c): the inverse metric applied to a covector"
+        )
 
     def inner(
         self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False
@@ -139,7 +143,7 @@ class ConstantMetric(geoopt.Manifold):
         return geoopt.ManifoldTensor(torch.zeros(shape, dtype=dtype, device=device), manifold=self)
 
     def _point_shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _point_shape()")
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
         expected = self._point_shape()

@@ -272,14 +272,33 @@ def flat_mean(
     )
 
 
+def diagonal_mean(
+    points: Sequence[Tensor] | Tensor, fishers: Sequence[Tensor], weights: Tensor
+) -> Tensor:
+    """Σ wᵢFᵢθᵢ / ΣwᵢFᵢ, entry by entry: Fisher merging (Matena and Raffel, arXiv:2111.09832).
+
+    Args:
+        points: k anchors ``(..., *point)``.
+        fishers: One diagonal for each, ``(..., *point)``.
+        weights: ``(k, ...)``, such that each broadcasts against a point.
+    """
+    total: Tensor | None = None
+    numerator: Tensor | None = None
+    for w, fisher, x in zip(weights, fishers, points, strict=True):
+        share = w * fisher
+        numerator = share * x if numerator is None else torch.addcmul(numerator, share, x)
+        total = share if total is None else total + share
+    if numerator is None or total is None:
+        raise ValueError("points: at least one anchor is needed, got none")
+    return numerator / total
+
+
 def _closed_form(
     points: Tensor, metrics: Sequence[ConstantMetric], weights: Tensor
 ) -> Tensor | None:
     spread = weights.reshape((*weights.shape, *(1,) * (points.ndim - weights.ndim)))
     if all(isinstance(metric, FisherEuclidean) for metric in metrics):
-        shares = [w * m.fisher for w, m in zip(spread, metrics, strict=True)]
-        numerator = builtins.sum(s * x for s, x in zip(shares, points, strict=True))
-        return numerator / builtins.sum(shares)
+        return diagonal_mean(points, [metric.fisher for metric in metrics], spread)
     if not all(isinstance(metric, KroneckerFisher) for metric in metrics):
         return None
     inputs, outputs = sides_of(metrics)

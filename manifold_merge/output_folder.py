@@ -20,9 +20,10 @@ try:
 except ImportError:  # Windows has no file locks of this kind
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic_folder", "check_output_folder"]
+__all__ = ["atomic_folder", "check_output_folder", "resumable_folder"]
 
 _PARTIAL = ".manifold-merge-partial-"
+_FINGERPRINT = "fingerprint"
 _ABANDONED_AFTER = 60.0  # seconds
 
 
@@ -124,6 +125,56 @@ def atomic_folder(
     finally:
         # After an exchange this is the folder that was replaced.
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def resumable_folder(
+    output: str | os.PathLike[str],
+    fingerprint: str,
+    *,
+    replaceable: Collection[str],
+    overwrite: bool = False,
+) -> Iterator[Path]:
+    """Like :func:`atomic_folder`, but what an interrupted run has written is there again.
+
+    The work is kept in ``.<output>.unfinished`` beside the output. Files in it are complete if the
+    caller writes each under another name and renames it.
+
+    Args:
+        output: As in :func:`check_output_folder`.
+        fingerprint: Of all that the result depends on. Work with another fingerprint is removed.
+        replaceable: As there.
+        overwrite: As there.
+
+    Yields:
+        The folder to write into, with the files of the interrupted run, if any.
+
+    Raises:
+        FileExistsError: As in :func:`check_output_folder`, or another process writes there.
+    """
+    path = check_output_folder(output, replaceable=replaceable, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.unfinished"
+    partial.mkdir(exist_ok=True)
+    with _locked(partial) as held:
+        if fcntl is not None and not held:
+            raise FileExistsError(
+                f"another process is writing {path}; wait for it, or choose another output"
+            )
+        state = partial / _FINGERPRINT
+        if not state.is_file() or state.read_text("utf-8") != fingerprint:
+            for old in partial.iterdir():
+                old.unlink()
+            state.write_text(fingerprint, "utf-8")
+        yield partial
+        state.unlink()
+        for file in partial.iterdir():
+            _flush(file)
+        _flush(partial)
+        check_output_folder(path, replaceable=replaceable, overwrite=overwrite)
+        _put_in_place(partial, path)
+        _flush(path.parent)
+        shutil.rmtree(partial, ignore_errors=True)  # after an exchange, the folder replaced
 
 
 def _put_in_place(partial: Path, path: Path) -> None:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from manifold_merge.statistics_gram import Gram
 
-__all__ = ["STATISTICS_NAME", "Statistics"]
+__all__ = ["STATISTICS_NAME", "DiagonalFile", "Statistics"]
 
 STATISTICS_NAME = "merge_statistics.safetensors"
 
 _FORMAT = "manifold_merge.statistics"
 _SCHEMA = 1
 _REMEDY = "collect the statistics again"
+_DIAGONAL = "diagonal/"
 _PARTS = ("matrix", "factor", "remainder", "mean")
 
 
@@ -176,7 +177,7 @@ class Statistics:
 
 def _to_tensors(statistics: Statistics) -> dict[str, Tensor]:
     """All numbers under the keys of the file; a symmetric matrix is its upper triangle."""
-    tensors = {f"diagonal/{name}": value for name, value in statistics.diagonals.items()}
+    tensors = {_DIAGONAL + name: value for name, value in statistics.diagonals.items()}
     for side, grams in _sides(statistics).items():
         for name, gram in grams.items():
             for part in _PARTS:
@@ -276,13 +277,14 @@ def _load(
     lost = sorted(set(header["owners"].values()) - grams["input"].keys())
     if lost:
         raise ValueError(f"{file}: the Gram {lost[0]!r} is missing; {_REMEDY}")
-    prefix = "diagonal/"
     statistics = Statistics(
         kind=header["kind"],
         input_grams=grams["input"],
         owners=header["owners"],
         output_grams=grams["output"],
-        diagonals={k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)},
+        diagonals={
+            k.removeprefix(_DIAGONAL): t for k, t in tensors.items() if k.startswith(_DIAGONAL)
+        },
         examples=header["examples"],
         model_name=header["model_name"],
         options=header["options"],
@@ -321,10 +323,68 @@ def _header(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def _check_tensor(file: Path, key: str, value: Tensor) -> None:
     if not bool(value.isfinite().all()):
         raise ValueError(f"{file}: tensor {key!r} has NaN or infinite numbers; {_REMEDY}")
-    signless = key.endswith("/remainder") or key.startswith("diagonal/")
+    signless = key.endswith("/remainder") or key.startswith(_DIAGONAL)
     if signless and bool((value < 0).any()):
         raise ValueError(f"{file}: tensor {key!r} has negative variances; {_REMEDY}")
     if key.endswith("/matrix"):
         size = (math.isqrt(8 * value.numel() + 1) - 1) // 2
         if value.ndim != 1 or size * (size + 1) // 2 != value.numel():
             raise ValueError(f"{file}: tensor {key!r} is no triangle of a matrix; {_REMEDY}")
+
+
+class DiagonalFile:
+    """A statistics file of kind ``"diagonal"`` that is read parameter by parameter.
+
+    Args:
+        path: The file, or its folder.
+
+    Attributes:
+        path: The file.
+        shapes: Parameter name to shape.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or holds statistics of another kind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        file = Path(path)
+        self.path = file / STATISTICS_NAME if file.is_dir() else file
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"{self.path} is missing; collect the statistics and save them there"
+            )
+        self._handle: Any = None
+        try:
+            header = _header(self.path, self._opened().metadata() or {})
+            keys = [x for x in self._opened().keys() if x.startswith(_DIAGONAL)]  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is truncated or damaged ({error}); {_REMEDY}") from error
+        if header["kind"] != "diagonal":
+            raise ValueError(
+                f"{self.path} holds statistics of kind {header['kind']!r}; whole models need "
+                "kind='diagonal' of collect_statistics"
+            )
+        self.shapes: dict[str, tuple[int, ...]] = {
+            key.removeprefix(_DIAGONAL): tuple(self._opened().get_slice(key).get_shape())
+            for key in keys
+        }
+
+    def _opened(self) -> Any:
+        if self._handle is None:
+            self._handle = safe_open(self.path, framework="pt", device="cpu")
+        return self._handle
+
+    def read(self, name: str) -> Tensor:
+        """The diagonal of one parameter, a view of the file."""
+        tensor: Tensor = self._opened().get_tensor(_DIAGONAL + name)
+        return tensor
+
+    def release(self) -> None:
+        """Let go of the file."""
+        self._handle = None
+
+    def fingerprint(self) -> list[tuple[str, int, int]]:
+        """Name, size and time of change of the file."""
+        status = self.path.stat()
+        return [(self.path.name, status.st_size, status.st_mtime_ns)]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,20 +87,52 @@ class TensorFileWriter:
             ValueError: The name was not announced, was written already, or the type has no name in
                 the format.
         """
+        self._begin(name, tensor.dtype, tensor.shape)
+        self._append(tensor)
+
+    def write_parts(
+        self, name: str, dtype: torch.dtype, shape: Sequence[int], parts: Iterable[Tensor]
+    ) -> None:
+        """Append one tensor that comes in parts, in the order of its entries.
+
+        Args:
+            name: As in :meth:`write`.
+            dtype: Type of the tensor; parts are converted.
+            shape: Shape of the whole.
+            parts: Tensors whose entries, one after the other, are those of the whole.
+
+        Raises:
+            ValueError: As in :meth:`write`, or the parts have too many or too few entries.
+        """
+        self._begin(name, dtype, shape)
+        start = self._end
+        for part in parts:
+            self._append(part.to(dtype))
+        expected, found = math.prod(shape) * dtype.itemsize, self._end - start
+        if found != expected:
+            raise ValueError(
+                f"{self.path}: the parts of {name!r} have {found} bytes, expected {expected} for "
+                f"shape {tuple(shape)}"
+            )
+
+    def _begin(self, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
         if name not in self._allowed or name in self._header:
             why = "was written already" if name in self._header else "was not announced"
             raise ValueError(f"{self.path}: tensor {name!r} {why}; write each announced name once")
-        if tensor.dtype not in _NAMES:
+        if dtype not in _NAMES:
             raise ValueError(
-                f"{self.path}: tensor {name!r} has type {tensor.dtype}, which cannot be stored; "
+                f"{self.path}: tensor {name!r} has type {dtype}, which cannot be stored; "
                 f"convert it to one of {', '.join(map(str, _NAMES))}"
             )
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        size = math.prod(shape) * dtype.itemsize
         self._header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._end, self._end + data.size],
+            "dtype": _NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [self._end, self._end + size],
         }
+
+    def _append(self, tensor: Tensor) -> None:
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         self._stream.write(data.data)
         self._end += data.size
 

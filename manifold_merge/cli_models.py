@@ -1,0 +1,199 @@
+"""The command ``manifold-merge models``."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from manifold_merge.cli_options import (
+    Debug,
+    DType,
+    Json,
+    Quiet,
+    parse_bytes,
+    parse_device,
+    parse_layer_weights,
+    parse_weights,
+)
+from manifold_merge.cli_session import Session, session
+
+__all__ = ["models"]
+
+
+class ModelGeometry(StrEnum):
+    """Names of the geometries of ``merge_models``."""
+
+    euclidean = "euclidean"
+    sphere = "sphere"
+    fisher = "fisher"
+
+
+class Scope(StrEnum):
+    """What is one point."""
+
+    tensor = "tensor"
+    model = "model"
+
+
+def models(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR",
+            help="Folders with safetensors weights, sharded or not, as transformers saves them.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Folder to write; from_pretrained loads it.",
+            show_default=False,
+        ),
+    ],
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="W,W,...",
+            help="One weight for each model; divided by their sum. Default: equal.",
+        ),
+    ] = None,
+    layer_weights: Annotated[
+        list[str],
+        typer.Option(
+            metavar="PATTERN=W,W,...",
+            help="Weights of the tensors whose name matches a shell pattern. Repeatable.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
+    geometry: Annotated[
+        ModelGeometry,
+        typer.Option(
+            help="euclidean, the average of weights; sphere, directions and norms averaged apart "
+            "(SLERP, karcher); fisher, entries weighted by their Fisher information.",
+        ),
+    ] = ModelGeometry.euclidean,
+    scope: Annotated[
+        Scope,
+        typer.Option(help="What is one point, for sphere and --median: a tensor or the model."),
+    ] = Scope.tensor,
+    statistics: Annotated[
+        list[Path],
+        typer.Option(
+            metavar="FILE",
+            help="For fisher, the diagonal statistics of each model, in order. Repeatable.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
+    damping: Annotated[
+        float,
+        typer.Option(help="For fisher: share of the mean information added to each entry."),
+    ] = 1e-2,
+    median: Annotated[
+        bool,
+        typer.Option(
+            "--median",
+            help="Geometric median instead of the mean: a corrupted model cannot move it far.",
+        ),
+    ] = False,
+    dtype: Annotated[
+        DType | None,
+        typer.Option(help="Type of the written tensors. Default: that of the first model."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes in one file, such as 5GB. Default: the shards of the first model.",
+        ),
+    ] = None,
+    allow_different_config: Annotated[
+        bool,
+        typer.Option(
+            "--allow-different-config",
+            help="Accept configurations that differ in what a model computes.",
+        ),
+    ] = False,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda|mps", help="Where to compute.")] = "cpu",
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace a merged model that is there."),
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Merge whole models of one architecture, tensor by tensor.
+
+    Memory does not grow with the size of the models. After an interruption the same command goes
+    on where it was.
+    """
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        options: dict[str, Any] = {
+            "weights": None if weights is None else parse_weights("--weights", weights),
+            "layer_weights": parse_layer_weights(layer_weights),
+            "max_shard_size": None
+            if max_shard_size is None
+            else parse_bytes("--max-shard-size", max_shard_size),
+        }
+        import torch
+
+        from manifold_merge.merge_models import merge_models
+
+        start = time.perf_counter()
+        try:
+            with shell.progress("merging", "MB") as progress:
+                merged = merge_models(
+                    folders,
+                    output,
+                    geometry=geometry.value,
+                    scope=scope.value,
+                    statistics=statistics or None,
+                    damping=damping,
+                    p=1 if median else 2,
+                    dtype=None if dtype is None else getattr(torch, dtype.value),
+                    device=parse_device(device),
+                    allow_different_config=allow_different_config,
+                    overwrite=overwrite,
+                    progress=lambda done, total: progress(done // 10**6, -(-total // 10**6)),
+                    **options,
+                )
+        except KeyboardInterrupt:
+            shell.warn("what is done is kept; run the same command again to go on")
+            raise
+        files = sorted(merged.output.glob("*.safetensors"))
+        result = {
+            "output": str(merged.output),
+            "recipe": merged.recipe,
+            "tensors": merged.tensors,
+            "copied": len(merged.copied),
+            "shards": len(files),
+            "resumed": merged.resumed,
+            "bytes": sum(file.stat().st_size for file in files),
+            "seconds": time.perf_counter() - start,
+        }
+        shell.result("models", result, lambda: _show(shell, result))
+
+
+def _show(shell: Session, result: dict[str, Any]) -> None:
+    recipe = result["recipe"]
+    kind = "Median" if recipe["p"] == 1 else "Mean"
+    shell.say(f"{kind} of {len(recipe['models'])} models")
+    again = f", {result['resumed']} of them from an interrupted run" if result["resumed"] else ""
+    shell.pairs(
+        {
+            "geometry": recipe["geometry"],
+            "weights": ", ".join(f"{w:.4g}" for w in recipe["weights"]),
+            "tensors": f"{result['tensors']} averaged, {result['copied']} copied",
+            "files": f"{result['shards']}{again}",
+            "time": f"{result['seconds']:.1f} s",
+        }
+    )
+    shell.line(f"Wrote {result['output']} ({result['bytes'] / 1e6:.3g} MB)")

@@ -1,0 +1,529 @@
+"""Merge whole checkpoints into one as a Fréchet mean, streamed tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_merge._version import __version__
+from manifold_merge.accurate import weighted_sum
+from manifold_merge.checkpoint_span import core_coefficients, stacked_gram_of
+from manifold_merge.checkpoints import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    Checkpoint,
+    CheckpointError,
+    TensorEntry,
+    check_same_architecture,
+)
+from manifold_merge.fisher_mean import diagonal_mean
+from manifold_merge.frechet import normalized_weights
+from manifold_merge.linalg import all_finite
+from manifold_merge.output_folder import check_output_folder, resumable_folder
+from manifold_merge.statistics_file import DiagonalFile
+from manifold_merge.tensor_file import TensorFileWriter
+
+__all__ = ["MODEL_GEOMETRIES", "ModelMerge", "merge_models"]
+
+logger = logging.getLogger(__name__)
+
+MODEL_GEOMETRIES = ("euclidean", "sphere", "fisher")
+SCOPES = ("tensor", "model")
+# Entries worked on at a time: all anchors' parts stay in the cache of a core, or fill a GPU.
+CHUNK, CHUNK_GPU = 2**16, 2**25
+# What is taken over from the first checkpoint's folder besides its weights.
+_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+_CARD = "README.md"
+
+Path_ = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelMerge:
+    """What a merge of checkpoints produced.
+
+    Attributes:
+        output: The folder that was written.
+        recipe: All options, as in the model card.
+        tensors: Number of tensors averaged.
+        copied: Tensors taken from the first checkpoint because they hold no real numbers.
+        resumed: Shards that an interrupted run had written before.
+    """
+
+    output: Path
+    recipe: dict[str, Any]
+    tensors: int
+    copied: tuple[str, ...]
+    resumed: int
+
+
+def merge_models(
+    models: Sequence[Path_ | Checkpoint],
+    output: Path_,
+    *,
+    weights: Sequence[float] | None = None,
+    layer_weights: Mapping[str, Sequence[float]] | None = None,
+    geometry: str = "euclidean",
+    scope: str = "tensor",
+    statistics: Sequence[Path_] | None = None,
+    damping: float = 1e-2,
+    p: int = 2,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    max_shard_size: int | None = None,
+    allow_different_config: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ModelMerge:
+    """Merge checkpoints of one architecture; memory does not grow with their size.
+
+    The work is resumed after an interruption: run it again with the same inputs and options.
+
+    Args:
+        models: Folders with safetensors weights (sharded or not), files, or opened
+            :class:`Checkpoint` objects, at least one.
+        output: Folder to write: weights in shards, index, configuration and tokenizer of the first
+            model, and a model card.
+        weights: One weight for each model; divided by their sum. Equal if ``None``.
+        layer_weights: Weights for tensors whose name matches a shell pattern, such as
+            ``{"*.layers.0.*": [1, 0, 0]}``; the first matching pattern counts.
+        geometry: ``"euclidean"``, the average of weights; ``"sphere"``, directions averaged on the
+            sphere and norms apart (SLERP for two models, for more the mean that mergekit calls
+            ``karcher``; single numbers are averaged as they are); ``"fisher"``, each entry weighted
+            by the diagonal Fisher information that
+            :func:`~manifold_merge.statistics.collect_statistics` measured.
+        scope: What is one point for ``"sphere"`` and for medians: each ``"tensor"``, or the whole
+            ``"model"``.
+        statistics: For ``"fisher"``, one statistics file for each model, of kind ``"diagonal"``.
+        damping: λ in f + λ mean(f), the mean over one tensor, for ``"fisher"``.
+        p: 2 for the mean, 1 for the geometric median (``"euclidean"`` and ``"sphere"``).
+        dtype: Type of the written tensors; that of the first model, tensor by tensor, if ``None``.
+        device: Where to compute; CPU if ``None``.
+        max_shard_size: Bytes of tensors in one file; the shards of the first model if ``None``.
+        allow_different_config: Accept configurations that differ in what a model computes.
+        overwrite: Replace an existing folder that holds a merged model.
+        progress: Called with the number of entries done and in all.
+
+    Returns:
+        The folder and the recipe.
+
+    Raises:
+        FileNotFoundError: A folder, shard or statistics file is missing.
+        CheckpointError: A checkpoint is damaged, holds NaN, or does not fit the others.
+        FileExistsError: The output exists; pass ``overwrite=True``.
+        ValueError: An option is unknown or contradicts another.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import load_file, save_file
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for i, value in enumerate((1.0, 3.0)):
+        ...     (root / str(i)).mkdir()
+        ...     save_file({"w": torch.full((2, 2), value)}, root / str(i) / "model.safetensors")
+        >>> merged = merge_models([root / "0", root / "1"], root / "merged", weights=[3, 1])
+        >>> load_file(merged.output / "model.safetensors")["w"]
+        tensor([[1.5000, 1.5000],
+                [1.5000, 1.5000]])
+    """
+    if not models:
+        raise ValueError("models is empty; give at least one folder")
+    opened = [x if isinstance(x, Checkpoint) else Checkpoint(x) for x in models]
+    plan = _Plan.make(
+        opened, weights, dict(layer_weights or {}), geometry=geometry, scope=scope,
+        statistics=statistics, damping=damping, p=p, dtype=dtype, device=device,
+    )  # fmt: skip
+    check_same_architecture(opened, allow_different_config=allow_different_config)
+    plan.check_statistics()
+    shards = _shards(opened[0], dtype, max_shard_size)
+    carried = _carried(opened[0])
+    path = Path(output).resolve()
+    if any(path in (x.folder.resolve(), x.path.resolve()) for x in opened):
+        raise FileExistsError(f"output {output} is one of the inputs; write to another folder")
+    names = {*shards, *carried, INDEX_NAME, CONFIG_NAME, _CARD, *_shards_of(path)}
+    check_output_folder(path, replaceable=names, overwrite=overwrite)
+
+    total = sum(entry.numel for entry in opened[0].tensors.values())
+    done, resumed = 0, 0
+    with resumable_folder(
+        path, plan.fingerprint(shards), replaceable=names, overwrite=overwrite
+    ) as folder:
+        if plan.needs_whole:
+            plan.measure_whole()
+        for shard, entries in shards.items():
+            if (folder / shard).is_file():
+                resumed += 1
+                done += sum(entry.numel for entry in entries)
+            else:
+                partial = folder / f"{shard}.part"
+                with TensorFileWriter(partial, [entry.name for entry in entries]) as file:
+                    for entry in entries:
+                        parts = plan.merged(entry)
+                        file.write_parts(entry.name, plan.type_of(entry), entry.shape, parts)
+                        done += entry.numel
+                        if progress is not None:
+                            progress(done, total)
+                partial.rename(folder / shard)
+            plan.release()
+        _write_rest(folder, opened[0], carried, shards, plan)
+    return ModelMerge(
+        path, plan.recipe, len(opened[0].tensors) - len(plan.copied), plan.copied, resumed
+    )
+
+
+@dataclasses.dataclass
+class _Plan:
+    """A checked request, and how each tensor is merged."""
+
+    models: list[Checkpoint]
+    weights: list[float]
+    layer_weights: dict[str, list[float]]
+    geometry: str
+    scope: str
+    p: int
+    damping: float
+    dtype: torch.dtype | None
+    device: torch.device
+    diagonals: list[DiagonalFile] | None
+    whole: Tensor | None = None
+
+    @classmethod
+    def make(
+        cls,
+        models: list[Checkpoint],
+        weights: Sequence[float] | None,
+        layer_weights: dict[str, Sequence[float]],
+        **options: Any,
+    ) -> _Plan:
+        geometry, scope, p = (options[key] for key in ("geometry", "scope", "p"))
+        if geometry not in MODEL_GEOMETRIES:
+            raise ValueError(
+                f"geometry must be one of {', '.join(MODEL_GEOMETRIES)}; got {geometry!r}"
+            )
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {scope!r}")
+        if p not in (1, 2):
+            raise ValueError(f"p must be 2 (mean) or 1 (median); got {p!r}")
+        if geometry == "fisher" and p == 1:
+            raise ValueError("p=1: geometry='fisher' has a mean only; use geometry='euclidean'")
+        if not 0 <= options["damping"] < math.inf:
+            raise ValueError(f"damping: expected a number >= 0, got {options['damping']}")
+        if scope == "model" and layer_weights:
+            raise ValueError(
+                "layer_weights: with scope='model' all tensors are one point and have one weight; "
+                "leave one of the two out"
+            )
+        statistics = options.pop("statistics")
+        if (statistics is not None) != (geometry == "fisher"):
+            raise ValueError(
+                "statistics: geometry='fisher' needs one file for each model, other geometries "
+                f"none; got geometry={geometry!r} and "
+                f"{'no statistics' if statistics is None else f'{len(statistics)} of them'}"
+            )
+        if statistics is not None and len(statistics) != len(models):
+            raise ValueError(
+                f"statistics: expected {len(models)}, one for each model; got {len(statistics)}"
+            )
+
+        def normalised(what: str, given: Sequence[float] | None) -> list[float]:
+            like = torch.zeros(1, dtype=torch.float64)
+            try:
+                shares = normalized_weights(given, len(models), like=like)
+            except ValueError as error:
+                raise ValueError(f"{what}: {str(error).removeprefix('weights: ')}") from error
+            return [float(w) for w in shares]
+
+        patterns = {k: normalised(f"layer_weights[{k!r}]", v) for k, v in layer_weights.items()}
+        device = torch.device(options.pop("device") or "cpu")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device={str(device)!r}: no CUDA device is available here")
+        diagonals = None if statistics is None else [DiagonalFile(x) for x in statistics]
+        return cls(
+            models, normalised("weights", weights), patterns, device=device, diagonals=diagonals,
+            **options,
+        )  # fmt: skip
+
+    def check_statistics(self) -> None:
+        """Raise if a diagonal does not fit the model, or is there for some of the models only."""
+        for entry in self.models[0].tensors.values():
+            having = [x for x in self.diagonals or () if entry.name in x.shapes]
+            for diagonal in having:
+                if diagonal.shapes[entry.name] != entry.shape:
+                    raise CheckpointError(
+                        f"{diagonal.path}: the Fisher information of {entry.name!r} has shape "
+                        f"{diagonal.shapes[entry.name]}, expected {entry.shape}; collect it from "
+                        "the model that is merged"
+                    )
+            if having and len(having) < len(self.models):
+                without = next(x for x in self.diagonals or () if entry.name not in x.shapes)
+                raise CheckpointError(
+                    f"{without.path} has no Fisher information of {entry.name!r}, and another "
+                    "statistics file has; collect all with the same parameters"
+                )
+        if self.diagonals:
+            plain = [x for x in self._averaged if x not in self.diagonals[0].shapes]
+            if len(plain) == len(self._averaged):
+                raise CheckpointError(
+                    f"{self.diagonals[0].path} has no Fisher information of any tensor of "
+                    f"{self.models[0].path}, such as {plain[0]!r}; its names begin with "
+                    f"{next(iter(self.diagonals[0].shapes))!r}: collect it from the same class"
+                )
+            if plain:
+                logger.warning(
+                    "%d tensors without Fisher information, such as %r, are averaged with the "
+                    "weights alone", len(plain), plain[0],
+                )  # fmt: skip
+
+    # --- one tensor ------------------------------------------------------------------------------
+
+    def merged(self, entry: TensorEntry) -> Iterator[Tensor]:
+        """Parts of the merged tensor, flat, in order."""
+        stored = [model.read(entry.name).reshape(-1) for model in self.models]
+        if not entry.dtype.is_floating_point:
+            yield self._equal(entry, stored)
+            return
+        weights = torch.tensor(self.weights_of(entry.name), dtype=torch.float64)
+        fishers: list[Tensor] | None = None
+        floors: list[float] = []
+        if self.diagonals is not None and entry.name in self.diagonals[0].shapes:
+            fishers = [file.read(entry.name).reshape(-1) for file in self.diagonals]
+            floors = [self.damping * float(f.mean(dtype=torch.float32)) for f in fishers]
+        elif self.needs_gram:
+            gram = self.whole
+            if gram is None:
+                gram = stacked_gram_of(self._parts(stored))
+            # One number has a sign and no direction that could be averaged.
+            single = entry.numel == 1 and self.whole is None
+            geometry = "euclidean" if single else self.geometry
+            weights = core_coefficients(gram, weights, geometry, self.p)
+        for number, part in enumerate(self._parts(stored)):
+            if fishers is None:
+                mean = weighted_sum(weights.to(part), part)
+            else:
+                at = slice(number * self.chunk, number * self.chunk + part.shape[1])
+                own = [f[at].to(part.device, part.dtype, copy=True) for f in fishers]
+                for index, f in enumerate(own):
+                    self._check_fisher(entry.name, index, f, floors[index])
+                    f.add_(floors[index])
+                mean = diagonal_mean(part, own, weights.to(part)[:, None])
+            if not all_finite(mean):
+                raise self._bad_values(entry, stored)
+            yield mean
+
+    def _parts(self, stored: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Parts of all anchors in working precision, ``(k, entries)``, in one buffer."""
+        kind = torch.float32
+        for x in stored:
+            kind = torch.promote_types(kind, x.dtype) if x.dtype.itemsize > 1 else kind
+        size = stored[0].numel()
+        buffer = torch.empty(len(stored), min(self.chunk, size), dtype=kind, device=self.device)
+        for start in range(0, size, self.chunk):
+            part = buffer[:, : min(self.chunk, size - start)]
+            for x, place in zip(stored, part, strict=True):
+                place.copy_(x[start : start + self.chunk])
+            yield part
+
+    def _check_fisher(self, name: str, index: int, part: Tensor, floor: float) -> None:
+        """Raise if Fisher information is not what it has to be."""
+        least = float(part.amin()) if part.numel() else 1.0
+        if least > 0 or (least == 0 and floor > 0):
+            return
+        why = (
+            "has entries of zero; pass damping > 0, and collect it on inputs that this parameter "
+            "acts on"
+            if least == 0
+            else "is negative or not finite; collect it again"
+        )
+        path = self.diagonals[index].path if self.diagonals else ""
+        raise CheckpointError(f"{path}: the Fisher information of {name!r} {why}")
+
+    def _equal(self, entry: TensorEntry, stored: Sequence[Tensor]) -> Tensor:
+        counter = entry.name.endswith("num_batches_tracked")
+        if not counter and not all(torch.equal(stored[0], x) for x in stored[1:]):
+            raise CheckpointError(
+                f"tensor {entry.name!r} holds {entry.dtype} numbers, which have no mean, and they "
+                "differ between the models; merge models with the same"
+            )
+        return stored[0]
+
+    def _bad_values(self, entry: TensorEntry, stored: Sequence[Tensor]) -> CheckpointError:
+        for model, x in zip(self.models, stored, strict=True):
+            if not all_finite(x):
+                return CheckpointError(
+                    f"{model.path}: tensor {entry.name!r} holds NaN or infinite values; the "
+                    "training diverged or the file is damaged: use an earlier checkpoint"
+                )
+        return CheckpointError(f"the mean of tensor {entry.name!r} is beyond float32")
+
+    # --- all tensors -----------------------------------------------------------------------------
+
+    @property
+    def chunk(self) -> int:
+        """Entries worked on at a time."""
+        return CHUNK if self.device.type == "cpu" else CHUNK_GPU
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the mean is a combination of the anchors that depends on their inner products."""
+        return len(self.models) > 1 and (self.geometry == "sphere" or self.p == 1)
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether all tensors have to be read before the first one is merged."""
+        return self.needs_gram and self.scope == "model"
+
+    def measure_whole(self) -> None:
+        """Inner products of whole models."""
+        total = torch.zeros(len(self.models), len(self.models), dtype=torch.float64)
+        for name in self._averaged:
+            stored = [model.read(name).reshape(-1) for model in self.models]
+            total += stacked_gram_of(self._parts(stored))
+        self.release()
+        self.whole = total
+
+    @property
+    def _averaged(self) -> list[str]:
+        tensors = self.models[0].tensors.values()
+        return [entry.name for entry in tensors if entry.dtype.is_floating_point]
+
+    @property
+    def copied(self) -> tuple[str, ...]:
+        """Tensors that are not averaged."""
+        tensors = self.models[0].tensors.values()
+        return tuple(x.name for x in tensors if not x.dtype.is_floating_point)
+
+    def weights_of(self, name: str) -> list[float]:
+        """Normalised weights of the models for one tensor."""
+        for pattern, weights in self.layer_weights.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return weights
+        return self.weights
+
+    def type_of(self, entry: TensorEntry) -> torch.dtype:
+        """In which type a tensor is written."""
+        if self.dtype is not None and entry.dtype.is_floating_point:
+            return self.dtype
+        return entry.dtype
+
+    def release(self) -> None:
+        """Let go of the files."""
+        for model in self.models:
+            model.release()
+        for file in self.diagonals or ():
+            file.release()
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """All options."""
+        return {
+            "manifold_merge": __version__,
+            "models": [model.path.resolve().name for model in self.models],
+            "weights": self.weights,
+            "layer_weights": self.layer_weights,
+            "geometry": self.geometry,
+            "scope": self.scope,
+            "p": self.p,
+            **({"damping": self.damping} if self.diagonals else {}),
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+        }
+
+    def fingerprint(self, shards: Mapping[str, Sequence[TensorEntry]]) -> str:
+        """Of everything that the result depends on."""
+        files = [model.fingerprint() for model in self.models]
+        files += [file.fingerprint() for file in self.diagonals or ()]
+        layout = {shard: [x.name for x in entries] for shard, entries in shards.items()}
+        paths = [str(model.path.resolve()) for model in self.models]
+        text = json.dumps([self.recipe, self.device.type, paths, files, layout])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _shards(
+    first: Checkpoint, dtype: torch.dtype | None, limit: int | None
+) -> dict[str, list[TensorEntry]]:
+    """File names to the tensors that are written there."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"max_shard_size: expected a positive number of bytes, got {limit}")
+    entries = list(first.tensors.values())
+    if limit is None:
+        if len(first.files) == 1:
+            return {WEIGHTS_NAME: entries}
+        return {f: [x for x in entries if x.file == f] for f in first.files}
+    groups: list[list[TensorEntry]] = [[]]
+    size = 0
+    for entry in entries:
+        kind = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
+        own = entry.numel * kind.itemsize
+        if groups[-1] and size + own > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(entry)
+        size += own
+    if len(groups) == 1:
+        return {WEIGHTS_NAME: entries}
+    count = len(groups)
+    return {
+        f"model-{number:05d}-of-{count:05d}.safetensors": group
+        for number, group in enumerate(groups, 1)
+    }
+
+
+def _shards_of(folder: Path) -> set[str]:
+    """Weight files of a merged model that is there already."""
+    try:
+        return set(Checkpoint(folder).files)
+    except (OSError, ValueError):
+        return set()
+
+
+def _carried(first: Checkpoint) -> list[str]:
+    """Names of the files besides the weights that make a model."""
+    if first.path.is_file():
+        return []
+    found = {x.name for pattern in _CARRIED for x in first.folder.glob(pattern) if x.is_file()}
+    return sorted(x for x in found if not x.endswith(".index.json"))
+
+
+def _write_rest(
+    folder: Path,
+    first: Checkpoint,
+    carried: Sequence[str],
+    shards: Mapping[str, Sequence[TensorEntry]],
+    plan: _Plan,
+) -> None:
+    for name in carried:
+        shutil.copyfile(first.folder / name, folder / name)
+    if plan.dtype is not None and CONFIG_NAME in carried:
+        kind = str(plan.dtype).removeprefix("torch.")
+        config = dict(first.config) | {
+            key: kind for key in ("dtype", "torch_dtype") if key in first.config
+        }
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    if len(shards) > 1:
+        size = sum(x.numel * plan.type_of(x).itemsize for x in first.tensors.values())
+        places = {x.name: shard for shard, entries in shards.items() for x in entries}
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    rows = "\n".join(
+        f"| `{model.path.resolve().name}` | {weight:.6g} |"
+        for model, weight in zip(plan.models, plan.weights, strict=True)
+    )
+    kind = "Fréchet median" if plan.p == 1 else "Fréchet mean"
+    (folder / _CARD).write_text(
+        f"---\ntags:\n- merge\n- manifold-merge\n---\n# Merged model\n\nA {kind} of "
+        f"{len(plan.models)} models, made with manifold-merge {__version__}.\n\n"
+        f"| model | weight |\n|---|---|\n{rows}\n\n## Recipe\n\n```json\n"
+        f"{json.dumps(plan.recipe, indent=2)}\n```\n",
+        "utf-8",
+    )
