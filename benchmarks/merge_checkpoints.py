@@ -131,7 +131,7 @@ class Peak(threading.Thread):
 
 def child(options: argparse.Namespace) -> None:
     """Run one case and print what it took as JSON."""
-    from manifold_merge.merge_models import merge_models
+    from manifold_merge.checkpoint_merge import merge_models
 
     torch.set_num_threads(options.threads)
     torch.ones(8, 8) @ torch.ones(8, 8)

@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     add("--features", default="mean+tokens")
     add("--start", default="sequential")
     add("--merged", type=Path, help="merged adapter to begin with (default: merged without data)")
-    add("--steps", type=int, default=400)
+    add("--steps", type=int, default=800)
     add("--batch-size", type=int, default=8)
     add("--learning-rate", type=float)
     add("--variation", type=float)

@@ -25,13 +25,37 @@ WEIGHTS_NAME, INDEX_NAME, CONFIG_NAME = (
 # Keys of a configuration that name where a model comes from, or how it is used, not what it
 # computes.
 _NEUTRAL = frozenset(
-    """
-    _name_or_path _commit_hash architectures bos_token_id eos_token_id pad_token_id dtype
-    torch_dtype transformers_version use_cache gradient_checkpointing initializer_range
-    finetuning_task language problem_type task_specific_params id2label label2id
-    output_attentions output_hidden_states attention_dropout attention_probs_dropout_prob
-    attn_pdrop classifier_dropout dropout embd_pdrop hidden_dropout hidden_dropout_prob resid_pdrop
-    """.split()
+    {
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "attention_probs_dropout_prob",
+        "attn_pdrop",
+        "bos_token_id",
+        "classifier_dropout",
+        "dropout",
+        "dtype",
+        "embd_pdrop",
+        "eos_token_id",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "hidden_dropout",
+        "hidden_dropout_prob",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "language",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "resid_pdrop",
+        "task_specific_params",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
 )
 
 

@@ -13,7 +13,7 @@ import typer
 
 from manifold_merge._version import __version__
 from manifold_merge.cli_calibrate import calibrate
-from manifold_merge.cli_models import models
+from manifold_merge.cli_models import align, models
 from manifold_merge.cli_options import (
     Debug,
     DifferentBase,
@@ -285,6 +285,7 @@ def adapters(
 
 app.command()(calibrate)
 app.command()(models)
+app.command()(align)
 
 
 @app.command()

@@ -21,7 +21,7 @@ from manifold_merge.cli_options import (
 )
 from manifold_merge.cli_session import Session, session
 
-__all__ = ["models"]
+__all__ = ["align", "models"]
 
 
 class ModelGeometry(StrEnum):
@@ -30,6 +30,7 @@ class ModelGeometry(StrEnum):
     euclidean = "euclidean"
     sphere = "sphere"
     fisher = "fisher"
+    permutation = "permutation"
 
 
 class Scope(StrEnum):
@@ -77,7 +78,8 @@ def models(
         ModelGeometry,
         typer.Option(
             help="euclidean, the average of weights; sphere, directions and norms averaged apart "
-            "(SLERP, karcher); fisher, entries weighted by their Fisher information.",
+            "(SLERP, karcher); fisher, entries weighted by their Fisher information; permutation, "
+            "units, heads and experts brought into one order first (all models in memory).",
         ),
     ] = ModelGeometry.euclidean,
     scope: Annotated[
@@ -145,7 +147,7 @@ def models(
         }
         import torch
 
-        from manifold_merge.merge_models import merge_models
+        from manifold_merge.checkpoint_merge import merge_models
 
         start = time.perf_counter()
         try:
@@ -180,6 +182,88 @@ def models(
             "seconds": time.perf_counter() - start,
         }
         shell.result("models", result, lambda: _show(shell, result))
+
+
+class Method(StrEnum):
+    """Names of the matchings of ``align``."""
+
+    anneal = "anneal"
+    coordinate = "coordinate"
+    frank_wolfe = "frank_wolfe"
+
+
+def align(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The model to reorder.", show_default=False)
+    ],
+    to: Annotated[
+        Path, typer.Option(metavar="DIR", help="The model that stays.", show_default=False)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", show_default=False),
+    ],
+    method: Annotated[Method, typer.Option(help="How units are matched.")] = Method.anneal,
+    rescale: Annotated[
+        bool,
+        typer.Option("--rescale", help="Bring positive scales of ReLU units to those of --to too."),
+    ] = False,
+    starts: Annotated[int, typer.Option(min=1, help="Starts of the matching.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the starts.")] = 0,
+    allow_different_config: Annotated[
+        bool,
+        typer.Option(
+            "--allow-different-config",
+            help="Accept configurations that differ in what a model computes.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model that is there.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Rebase a model onto another: the same function, its units in the other's order."""
+    with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
+        from manifold_merge.checkpoint_align import align_models
+
+        start = time.perf_counter()
+        with shell.progress("writing", "MB") as progress:
+            found = align_models(
+                folder,
+                to,
+                output,
+                method=method.value,
+                rescale=rescale,
+                starts=starts,
+                seed=seed,
+                allow_different_config=allow_different_config,
+                overwrite=overwrite,
+                progress=lambda done, total: progress(done // 10**6, -(-total // 10**6)),
+            )
+        result = {
+            "output": str(found.output),
+            "recipe": found.recipe,
+            "distance_before": found.distance_before,
+            "distance_after": found.distance_after,
+            "moved": found.moved,
+            "elements": found.elements,
+            "seconds": time.perf_counter() - start,
+        }
+        shell.result("align", result, lambda: _show_alignment(shell, result))
+
+
+def _show_alignment(shell: Session, result: dict[str, Any]) -> None:
+    shell.say(f"{result['recipe']['model']}, aligned to {result['recipe']['to']}")
+    shell.pairs(
+        {
+            "distance": f"{result['distance_before']:.6g} -> {result['distance_after']:.6g}",
+            "moved": f"{result['moved']} of {result['elements']} units, heads and experts",
+            "time": f"{result['seconds']:.1f} s",
+        }
+    )
+    shell.line(f"Wrote {result['output']}")
 
 
 def _show(shell: Session, result: dict[str, Any]) -> None:

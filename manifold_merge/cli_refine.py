@@ -114,12 +114,12 @@ def refine(
         Start,
         typer.Option(help="Least squares module by module, or MERGED itself."),
     ] = Start.sequential,
-    steps: Annotated[int, typer.Option(help="Greatest number of steps.")] = 400,
+    steps: Annotated[int, typer.Option(help="Greatest number of steps.")] = 800,
     batch_size: Annotated[int, typer.Option(help="Texts of each adapter in a step.")] = 8,
     learning_rate: Annotated[
         float,
         typer.Option(help="Length of a step, relative to the adapters' updates."),
-    ] = 0.03,
+    ] = 0.06,
     variation: Annotated[
         float,
         typer.Option(

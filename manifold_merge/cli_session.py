@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -68,8 +69,9 @@ def in_cli_words(message: str) -> str:
 class Session:
     """Where a command writes: results to stdout, everything else to stderr."""
 
-    def __init__(self, *, as_json: bool, quiet: bool) -> None:
+    def __init__(self, *, as_json: bool, quiet: bool, process: int = 0) -> None:
         self.as_json = as_json
+        self.process = process
         self.quiet = quiet
         self.warnings: list[str] = []
         self._out = Console(highlight=False)
@@ -143,7 +145,8 @@ class Session:
 
     def error(self, message: str) -> None:
         """Print an error to stderr, on one line whatever the width of the terminal."""
-        self._line(f"error: {in_cli_words(message)}", "red")
+        who = f" (process {self.process})" if self.process else ""
+        self._line(f"error{who}: {in_cli_words(message)}", "red")
 
     def debug(self, message: str) -> None:
         """Print what the library logs."""
@@ -173,16 +176,23 @@ def session(*, as_json: bool, quiet: bool, debug: bool) -> Iterator[Session]:
 
     Exit codes: 2 for bad input, 3 for an error of the program, 130 if interrupted.
     """
-    shell = Session(as_json=as_json, quiet=quiet)
+    number = int(os.environ.get("RANK", "0"))
+    if number:  # torchrun: the first process speaks for all
+        as_json, quiet = False, True
+    shell = Session(as_json=as_json, quiet=quiet, process=number)
     logger, handler = logging.getLogger("manifold_merge"), _Log(shell)
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.WARNING)
     logger.propagate = False
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             if quiet:
                 warnings.simplefilter("ignore")
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                from manifold_merge.distributed import process_group
+
+                stack.enter_context(process_group())
             yield shell
     except (typer.Exit, BrokenPipeError):
         raise

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from manifold_merge.adapter_sets import (
 )
 from manifold_merge.adapter_writer import check_adapter_output, write_adapter
 from manifold_merge.adapters import Adapter
+from manifold_merge.distributed import in_turn, wait_for_all
+from manifold_merge.distributed import rank as process_rank
 from manifold_merge.frechet import frechet_mean, normalized_weights
 from manifold_merge.lift import lifted_mean
 from manifold_merge.lora import DISTANCES, LoRAQuotient
@@ -34,7 +37,7 @@ from manifold_merge.merge_extras import (
     mean_of_extras,
     weighted_sum,
 )
-from manifold_merge.merge_fisher import AdapterMetrics, has_statistics
+from manifold_merge.merge_fisher import AdapterMetrics, Errors, has_statistics
 from manifold_merge.merge_result import AdapterMerge, Tally
 from manifold_merge.model_card import model_card
 from manifold_merge.solution import FrechetSolution, Status
@@ -85,6 +88,9 @@ def merge_adapters(
     progress: Callable[[int, int], None] | None = None,
 ) -> AdapterMerge:
     """Merge LoRA adapters of one base model as a Fréchet mean; the base model is not needed.
+
+    In processes that torchrun has started (:mod:`manifold_merge.distributed`) each does its share,
+    and the first one has or writes the result.
 
     Args:
         adapters: Folders in PEFT's format, or opened :class:`Adapter` objects, at least one.
@@ -180,6 +186,7 @@ def merge_adapters(
         adapter.validate()
         adapter.release()
     plan.decide()
+    wait_for_all()  # every process has checked the output before one writes it
 
     merged_extras = plan.merge_extras()
     total = len(module_coverage(opened))
@@ -189,12 +196,15 @@ def merge_adapters(
         modules, folder = dict(factors), None
         if dtype is not None:
             modules = {k: (b.to(dtype), a.to(dtype)) for k, (b, a) in modules.items()}
+    elif process_rank():
+        modules, folder = dict(factors), Path(output).resolve()
     else:
         modules = {}
         folder = write_adapter(
             output, factors, like=opened, extras=merged_extras, dtype=dtype,
             model_card=model_card(plan.recipe, opened), overwrite=overwrite,
         )  # fmt: skip
+    wait_for_all()  # the output is there when any process returns
     if any(count for status, count in tally.status.items() if status != Status.CONVERGED):
         logger.warning(
             "merge: %d of %d modules did not converge; see AdapterMerge.status",
@@ -335,19 +345,31 @@ class _Plan:
     def merge_modules(
         self, tally: Tally, total: int, progress: Callable[[int, int], None] | None
     ) -> Iterator[tuple[str, Factors]]:
+        """Merged factors of all modules, in order; of none on any process but the first."""
         done = 0
-        for group in group_modules(self.adapters):
-            for names, weights in self._chunks(group):
-                manifold, solution = self._merge_chunk(group, names, weights)
-                tally.add(solution)
-                b, a = manifold.unpack(solution.point)
-                for i, name in enumerate(names):
-                    yield name, (b[i] if self._factor == 1 else b[i] * self._factor, a[i])
-                for adapter in self.adapters:
-                    adapter.release()
-                done += len(names)
-                if progress is not None:
-                    progress(done, total)
+        pieces = (
+            (group, names, weights)
+            for group in group_modules(self.adapters)
+            for names, weights in self._chunks(group)
+        )
+        for (group, names, _), (solution, errors) in in_turn(pieces, self._merge_piece):
+            tally.add(solution)
+            if self.metrics is not None:
+                self.metrics.add_errors(errors)
+            b, a = self._manifold(group.out_features, group.in_features).unpack(solution.point)
+            for i, name in enumerate(names):
+                yield name, (b[i] if self._factor == 1 else b[i] * self._factor, a[i])
+            done += len(names)
+            if progress is not None:
+                progress(done, total)
+
+    def _merge_piece(
+        self, piece: tuple[ModuleGroup, list[str], list[float]]
+    ) -> tuple[FrechetSolution, Errors]:
+        solution = self._merge_chunk(*piece)
+        for adapter in self.adapters:
+            adapter.release()
+        return solution, {} if self.metrics is None else self.metrics.take_errors()
 
     @property
     def _predicted(self) -> dict[str, Any]:
@@ -380,7 +402,7 @@ class _Plan:
 
     def _merge_chunk(
         self, group: ModuleGroup, names: list[str], weights: list[float]
-    ) -> tuple[Any, FrechetSolution]:
+    ) -> FrechetSolution:
         m, n = group.out_features, group.in_features
         present = [i for i, r in enumerate(group.ranks) if r]
         manifold = self._manifold(m, n)
@@ -403,7 +425,7 @@ class _Plan:
                 self.metrics.mean, manifold, weights=used, names=names, who=who, rank=rank,
                 p=self.p, adapter_weights=weights,
             )  # fmt: skip
-        return manifold, self._solve(manifold, points, used, rank, fisher)
+        return self._solve(manifold, points, used, rank, fisher)
 
     def _solve(
         self,

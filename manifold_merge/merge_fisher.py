@@ -33,6 +33,8 @@ CACHED_MODULES = 8
 
 Source = str | os.PathLike[str] | Statistics
 Pair = tuple[Tensor, Tensor]
+# For each adapter, the sum of squared relative errors and the number of modules in it.
+Errors = dict[int, tuple[float, int]]
 
 
 def has_statistics(adapter: Adapter) -> bool:
@@ -62,7 +64,8 @@ class AdapterMetrics:
     normalisation: str = "none"
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     adapts: dict[int, frozenset[str]] = dataclasses.field(default_factory=dict, repr=False)
-    _errors: dict[int, tuple[float, int]] = dataclasses.field(default_factory=dict, repr=False)
+    _errors: Errors = dataclasses.field(default_factory=dict, repr=False)
+    _counted: Errors = dataclasses.field(default_factory=dict, repr=False)
     _sides: dict[tuple[int, str, str], MetricFactor] = dataclasses.field(
         default_factory=dict, repr=False
     )
@@ -271,13 +274,24 @@ class AdapterMetrics:
             total += float((error[live] / own[live]).sum())
             self._errors[group[0]] = (total, count + int(live.sum()))
 
+    def take_errors(self) -> Errors:
+        """Sums of squared relative errors since the last call, which start again from zero."""
+        errors, self._errors = self._errors, {}
+        return errors
+
+    def add_errors(self, errors: Errors) -> None:
+        """Count the errors of a chunk of modules."""
+        for i, (more, number) in errors.items():
+            total, count = self._counted.get(i, (0.0, 0))
+            self._counted[i] = (total + more, count + number)
+
     @property
     def output_errors(self) -> list[float | None]:
         """Predicted error of each adapter's layer outputs, relative to leaving the adapter out.
 
         Root mean square over the modules merged so far, in the damped metric, before any scale.
         """
-        sums = [self._errors.get(i) for i in range(len(self.statistics))]
+        sums = [self._counted.get(i) for i in range(len(self.statistics))]
         return [None if found is None else (found[0] / found[1]) ** 0.5 for found in sums]
 
     @staticmethod

@@ -238,7 +238,7 @@ def plot_output_errors(inspection: Inspection, ax: Axes | None = None) -> Axes:
         ValueError: There are no predictions.
         ImportError: matplotlib is not installed.
     """
-    from manifold_merge.plots import _axes, _layer_axis, _layers, _legend, _line
+    from manifold_merge.plots_style import _axes, _layer_axis, _layers, _legend, _line
 
     merge = inspection.merge
     if merge is None or merge.output_errors is None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from manifold_merge.accurate import accurate
 from manifold_merge.frechet import normalized_weights
+from manifold_merge.linalg import all_finite
 from manifold_merge.lora import LoRAQuotient
 from manifold_merge.lora_groups import as_matrices, clean_name
 from manifold_merge.solvers import Problem
@@ -241,6 +242,7 @@ class FrechetMean(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: If there are no anchors.
+            ValueError: If a parameter on a manifold is not finite.
         """
         loss = None
         if closure is not None:
@@ -262,6 +264,12 @@ class FrechetMean(torch.optim.Optimizer):
                         values.append(_euclidean_step(point, weights, lr))
                         continue
                     x = point.pack(point.params)
+                    if not all_finite(x):
+                        bad = int((~x.isfinite()).sum())
+                        raise ValueError(
+                            f"{point.label}: {bad} entries are NaN or infinite, the training "
+                            "diverged; lower a learning rate and go on from a checkpoint"
+                        )
                     anchors = _stack([point.pack(anchor) for anchor in point.anchors])
                     shared = (lr, None if weights is None else tuple(weights))
                     entry = (point, x, anchors.to(x.dtype))
@@ -330,7 +338,31 @@ def frechet_step(
     state = problem.evaluate(x)
     # A logarithm that is no gradient inverts the retraction, not the exponential.
     step = space.expmap if getattr(space, "log_is_gradient", True) else space.retr
-    return step(x, lr * state.direction), state.objective
+    moved = step(x, lr * state.direction)
+    if lr and getattr(space, "distance", "exact") != "exact":
+        moved = _descending(problem, state, step, lr, moved)
+    return moved, state.objective
+
+
+def _descending(problem: Problem, state: Any, step: Any, lr: float, moved: Tensor) -> Tensor:
+    """Shorten steps that raise the objective.
+
+    An approximate logarithm need not lead to its anchor: where a factor is nearly rank-deficient,
+    the step is long and its end is far away. It points downhill all the same.
+    """
+    x, kept = state.point, moved.clone()
+    slack = 1 + 1e-3  # rounding of the objective is no reason to shorten
+    for _ in range(40):
+        finite = kept.flatten(1).isfinite().all(1)
+        here = torch.where(finite[(..., *(None,) * (x.ndim - 1))], kept, x)
+        distances = problem.manifold.dist(here[None], problem.points)
+        objective = (problem.weights * distances.square()).sum(0)
+        bad = ~finite | ~(objective <= slack * state.objective + state.objective.new_tensor(1e-30))
+        if not bool(bad.any()):
+            return kept
+        lr /= 2
+        kept[bad] = step(x[bad], lr * state.direction[bad])
+    return torch.where(bad[(..., *(None,) * (x.ndim - 1))], x, kept)
 
 
 def _euclidean_step(point: _Point, weights: Any, lr: float) -> Tensor:

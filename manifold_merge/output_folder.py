@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows has no file locks of this kind
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["atomic_folder", "check_output_folder", "resumable_folder"]
+__all__ = ["atomic_folder", "check_output_folder", "resumable_folder", "unfinished_folder"]
 
 _PARTIAL = ".manifold-merge-partial-"
 _FINGERPRINT = "fingerprint"
@@ -127,6 +127,11 @@ def atomic_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def unfinished_folder(output: Path) -> Path:
+    """Where :func:`resumable_folder` keeps the work on an output."""
+    return output.parent / f".{output.name}.unfinished"
+
+
 @contextlib.contextmanager
 def resumable_folder(
     output: str | os.PathLike[str],
@@ -154,7 +159,7 @@ def resumable_folder(
     """
     path = check_output_folder(output, replaceable=replaceable, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.unfinished"
+    partial = unfinished_folder(path)
     partial.mkdir(exist_ok=True)
     with _locked(partial) as held:
         if fcntl is not None and not held:

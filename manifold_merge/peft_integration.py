@@ -69,8 +69,8 @@ def add_frechet_adapter(
         )
     if adapter_name in "lora_":
         raise ValueError(
-            f"adapter_name: PEFT mistakes {adapter_name!r} for a part of the prefix 'lora_' when it "
-            "loads an adapter; choose another name"
+            f"adapter_name: PEFT mistakes {adapter_name!r} for a part of the prefix 'lora_' when "
+            "it loads an adapter; choose another name"
         )
     if options.keys() & {"output", "overwrite"}:
         raise ValueError(

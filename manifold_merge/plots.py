@@ -1,15 +1,35 @@
-"""Figures of an inspection. Each takes ``ax=None`` and returns the ``Axes`` that it drew on.
+"""Figures. Each function takes ``ax=None`` and returns the ``Axes`` that it drew on.
 
-They need matplotlib, an optional dependency: ``pip install "manifold-merge[plot]"``. Colours are
-those of Okabe and Ito (2008), told apart with any colour vision, and lines differ in marker too.
+They need matplotlib, an optional dependency: ``pip install "manifold-merge[plot]"``. The first
+five draw what :func:`~manifold_merge.report.inspect_adapters` found; the others take points of any
+manifold, or plain numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import geoopt
 import numpy as np
+import torch
+from torch import Tensor
+
+from manifold_merge.accurate import accurate
+from manifold_merge.plots_style import (
+    COLOURS,
+    PLOT_HINT,
+    _axes,
+    _heat_map,
+    _layer_axis,
+    _layers,
+    _legend,
+    _line,
+    _need,
+    _profile,
+    _share,
+)
+from manifold_merge.toolbox import geodesic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,22 +38,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PLOT_HINT",
+    "plot_barrier",
+    "plot_convergence",
+    "plot_distance_matrix",
     "plot_distances",
+    "plot_map",
     "plot_merge_error",
     "plot_norms",
     "plot_principal_angles",
     "plot_spectra",
+    "plot_spectrum_change",
 ]
-
-PLOT_HINT = 'figures need matplotlib: pip install "manifold-merge[plot]"'
-
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
-_MARKERS = "osD^vPX*"
-_NUMBERED = 12  # up to so many adapters, each cell of a heat map shows its number
-_TICKS = 24
-_WIDE = 4  # longer labels of layers are turned
-_LEGEND_INSIDE = 5
-_BAND = (10, 90)  # percentiles
 
 
 def plot_distances(inspection: Inspection, ax: Axes | None = None) -> Axes:
@@ -57,14 +72,7 @@ def plot_distances(inspection: Inspection, ax: Axes | None = None) -> Axes:
     for pair in inspection.pairs:
         table[pair.first, pair.second] = table[pair.second, pair.first] = pair.distance
     # The range is that of the measure itself, so that figures of different adapters compare.
-    image = ax.imshow(table, cmap="cividis", vmin=0, vmax=2)
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right", rotation_mode="anchor")
-    ax.set_yticks(range(len(names)), names)
-    if len(names) <= _NUMBERED:
-        for (row, column), value in np.ndenumerate(table):
-            ink = "black" if value > 1 else "white"
-            ax.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink)
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.85)
+    bar = _heat_map(ax, table, names, limit=2)
     bar.set_ticks([0, 2**0.5, 2], labels=["0 same", "1.41 orthogonal", "2 opposite"])
     bar.set_label("relative distance (no unit)")
     ax.set_title("Relative distance between adapters")
@@ -164,7 +172,7 @@ def plot_principal_angles(
         _profile(ax, rows, i, label, 100 * share)
         chance = [getattr(p, attribute.replace("cosines", "chance")) for p in chosen]
         angle = np.degrees(np.arccos(np.nanmean(chance))) if width else np.nan
-        ax.axhline(angle, color=_COLOURS[i], linestyle=":", linewidth=1, label=f"{label}, random")
+        ax.axhline(angle, color=COLOURS[i], linestyle=":", linewidth=1, label=f"{label}, random")
     ax.set_xlabel("share of the angles, smallest first (%)")
     ax.set_ylabel("principal angle (degrees)")
     ax.set_ylim(0, 92)
@@ -210,80 +218,262 @@ def plot_merge_error(inspection: Inspection, ax: Axes | None = None) -> Axes:
     return ax
 
 
+# --- points of any manifold, and plain numbers ---------------------------------------------------
+
+
+def plot_distance_matrix(
+    manifold: geoopt.Manifold,
+    points: Tensor | Sequence[Tensor],
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw the distance between each two points of a manifold as a heat map.
+
+    Args:
+        manifold: Any geoopt manifold with ``dist``.
+        points: k points, ``(k, *point)`` or a sequence of ``(*point)``, of one shape.
+        names: What to call them; numbers if ``None``.
+        ax: Where to draw; a new figure if ``None``.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: There are fewer than two points, or not as many names.
+        ImportError: matplotlib is not installed.
+    """
+    stacked, names = _named_points(manifold, points, names)
+    table = _distances(accurate(manifold), stacked, stacked).numpy()
+    ax = _axes(ax, 0.7 * len(names) + 2.5)
+    _heat_map(ax, table, names).set_label(f"distance on {manifold.name}")
+    ax.set_title("Distance between each two models")
+    return ax
+
+
+def plot_map(
+    manifold: geoopt.Manifold,
+    points: Tensor | Sequence[Tensor],
+    mean: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    ax: Axes | None = None,
+    *,
+    steps: int = 12,
+) -> Axes:
+    """Draw models as a map in the plane, with the geodesics from their mean to each of them.
+
+    Positions are those of classical multidimensional scaling of the distances between models and
+    mean; points of geodesics are placed by their distances to these. The axis says how much of the
+    squared distances the plane shows: three models and their mean need not fit into a plane.
+
+    Args:
+        manifold: Any geoopt manifold with ``dist`` and ``logmap``.
+        points: k points, ``(k, *point)`` or a sequence of ``(*point)``, of one shape.
+        mean: The point at which geodesics meet, ``(*point)``; neither it nor any geodesic is drawn
+            if ``None``.
+        names: What to call the points; numbers if ``None``.
+        ax: Where to draw; a new figure if ``None``.
+        steps: Points of each geodesic.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: There are fewer than two points, or not as many names.
+        ImportError: matplotlib is not installed.
+
+    Source: Gower (1966) for the map; Gower (1968) for points added to it.
+    """
+    stacked, names = _named_points(manifold, points, names)
+    space = accurate(manifold)
+    landmarks = stacked if mean is None else torch.cat((stacked, mean.detach()[None]))
+    squared = _distances(space, landmarks, landmarks).square()
+    place, shares = _scaling(squared)
+    where = place(squared)
+    ax = _axes(ax, 5.0)
+    if mean is not None:
+        times = torch.linspace(0, 1, steps, dtype=landmarks.dtype)
+        for i, point in enumerate(stacked):
+            curve = geodesic(space, mean.detach(), point, times)
+            path = place(_distances(space, curve, landmarks).square())
+            ax.plot(path[:, 0], path[:, 1], "-", color="0.6", linewidth=1, zorder=1)
+            ax.plot(*where[i], linestyle="none", label=names[i], **_mark(i))
+        ax.plot(*where[-1], "*", color="black", markersize=14, label="mean", zorder=3)
+    else:
+        for i, name in enumerate(names):
+            ax.plot(*where[i], linestyle="none", label=name, **_mark(i))
+    ax.set_aspect("equal", "datalim")
+    ax.set_xlabel(f"first coordinate ({100 * shares[0]:.0f} % of the squared distances)")
+    ax.set_ylabel(f"second coordinate ({100 * shares[1]:.0f} %)")
+    ax.set_title(f"Map of the models by distances on {manifold.name}")
+    ax.grid(alpha=0.3)
+    _legend(ax)
+    return ax
+
+
+def plot_barrier(
+    curves: Mapping[str, Sequence[float]],
+    t: Sequence[float] | None = None,
+    ax: Axes | None = None,
+    *,
+    ylabel: str = "loss",
+) -> Axes:
+    """Draw a value along paths from one model to another, and how high each barrier is.
+
+    The barrier is the greatest excess of a curve over the straight line between its ends, after
+    Frankle, Dziugaite, Roy and Carbin (2020).
+
+    Args:
+        curves: For each path, what it is called and the values along it, n of them.
+        t: Where on the path, n numbers from 0 to 1; evenly spread if ``None``.
+        ax: Where to draw; a new figure if ``None``.
+        ylabel: What the values are.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: There is no curve, or the numbers of values differ.
+        ImportError: matplotlib is not installed.
+    """
+    _need(curves, "a barrier needs the values along at least one path")
+    first = next(iter(curves.values()))
+    times = np.linspace(0, 1, len(first)) if t is None else np.asarray(t, dtype=float)
+    for name, curve in curves.items():
+        if len(curve) != len(times):
+            raise ValueError(f"curves[{name!r}]: expected {len(times)} values, got {len(curve)}")
+    ax = _axes(ax)
+    for i, (name, curve) in enumerate(curves.items()):
+        values = np.asarray(curve, dtype=float)
+        straight = np.interp(times, times[[0, -1]], values[[0, -1]])
+        height = max(float((values - straight).max()), 0.0)
+        ax.plot(times, values, label=f"{name} (barrier {height:.3g})", **_line(i))
+        colour = COLOURS[i % len(COLOURS)]
+        ax.plot(times[[0, -1]], values[[0, -1]], ":", color=colour, linewidth=1)
+    ax.set_xlabel("position t on the path from the first model (0) to the second (1)")
+    ax.set_ylabel(ylabel)
+    ax.set_title("Values along the paths")
+    ax.grid(axis="y", alpha=0.3)
+    _legend(ax)
+    return ax
+
+
+def plot_spectrum_change(
+    before: Mapping[str, Any], after: Mapping[str, Any], ax: Axes | None = None
+) -> Axes:
+    """Draw singular values before a merge, of each model, and after it, of each merge.
+
+    With several modules the line is the median over modules and the band holds 80 % of them.
+
+    Args:
+        before: For each model its name and singular values, ``(r,)`` or ``(modules, r)``.
+        after: The same for each merge; drawn with broken lines.
+        ax: Where to draw; a new figure if ``None``.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: Nothing is given.
+        ImportError: matplotlib is not installed.
+    """
+    _need({**before, **after}, "spectra of at least one model or merge are needed")
+    ax = _axes(ax)
+    for i, (name, values) in enumerate([*before.items(), *after.items()]):
+        rows = np.atleast_2d(np.asarray(values, dtype=float))
+        _profile(ax, [row[row > 0] for row in rows], i, name)
+        ax.lines[-1].set_linestyle("-" if i < len(before) else "--")
+    ax.set_yscale("log")
+    ax.set_xlabel("index of the singular value (1 is the largest)")
+    ax.set_ylabel(r"singular value $\sigma_j$ (units of the weights)")
+    ax.set_title("Spectra before and after the merge")
+    _legend(ax)
+    return ax
+
+
+def plot_convergence(
+    histories: Mapping[str, Sequence[float]],
+    ax: Axes | None = None,
+    *,
+    xlabel: str = "iteration",
+    ylabel: str = "gradient norm",
+    floor: float = 1e-17,
+) -> Axes:
+    """Draw how a number falls during iterations, on a logarithmic scale.
+
+    Args:
+        histories: For each method its name and one value for each iteration, from the start.
+        ax: Where to draw; a new figure if ``None``.
+        xlabel: What is counted.
+        ylabel: What falls.
+        floor: Smaller values, zero included, are drawn here: a logarithm has no zero.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: There is no history.
+        ImportError: matplotlib is not installed.
+    """
+    _need(histories, "convergence needs the history of at least one method")
+    ax = _axes(ax)
+    for i, (name, history) in enumerate(histories.items()):
+        values = np.maximum(np.asarray(history, dtype=float), floor)
+        style = _line(i) | {"markevery": max(1, len(values) // 15)}
+        ax.plot(range(len(values)), values, label=name, **style)
+    ax.set_yscale("log")
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.set_title("Convergence")
+    ax.grid(axis="y", alpha=0.3)
+    _legend(ax)
+    return ax
+
+
 # --- shared --------------------------------------------------------------------------------------
 
 
-def _need(value: object, otherwise: str) -> None:
-    if not value:
-        raise ValueError(otherwise)
+def _mark(i: int) -> dict[str, Any]:
+    style = _line(i)
+    return {"color": style["color"], "marker": style["marker"], "markersize": 8, "zorder": 2}
 
 
-def _axes(ax: Axes | None, height: float = 4.2) -> Axes:
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError(PLOT_HINT) from error
-    return pyplot.subplots(figsize=(7.5, height), layout="constrained")[1]
+def _named_points(
+    manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor], names: Sequence[str] | None
+) -> tuple[Tensor, list[str]]:
+    stacked = torch.stack(list(points)).detach()
+    count = len(stacked)
+    if count < 2 or stacked.ndim != manifold.ndim + 1:
+        raise ValueError(
+            f"points: expected two or more single points of {manifold}, (k, *point) with "
+            f"{manifold.ndim} dimensions each; got {tuple(stacked.shape)}"
+        )
+    if names is not None and len(names) != count:
+        raise ValueError(f"names: expected {count}, one for each point; got {len(names)}")
+    return stacked, [str(i) for i in range(count)] if names is None else list(names)
 
 
-def _line(i: int) -> dict[str, Any]:
-    return {
-        "color": _COLOURS[i % len(_COLOURS)],
-        "marker": _MARKERS[i % len(_MARKERS)],
-        "linestyle": ("-", "--", "-.")[i // len(_COLOURS) % 3],
-        "markersize": 4,
-        "linewidth": 1.5,
-    }
+@torch.no_grad()
+def _distances(space: Any, rows: Tensor, columns: Tensor) -> Tensor:
+    """Table of distances, ``(rows, columns)``."""
+    size = len(rows), len(columns), *rows.shape[1:]
+    return space.dist(rows[:, None].expand(size), columns[None].expand(size)).double().cpu()
 
 
-def _share(count: int) -> Any:
-    """Middles of ``count`` equal parts of the interval from 0 to 1."""
-    return (np.arange(count) + 0.5) / max(count, 1)
+def _scaling(squared: Tensor) -> tuple[Any, list[float]]:
+    """The plane of classical scaling: where squared distances ``(..., k)`` put a point, and shares.
 
+    Double centring makes inner products of squared distances. Shares count negative eigenvalues
+    too, so that what no Euclidean space can show lowers them.
+    """
+    means = squared.mean(0)
+    inner = -0.5 * (squared - means - means[:, None] + means.mean())
+    values, vectors = torch.linalg.eigh(inner)
+    values, vectors = values.flip(0), vectors.flip(1)
+    kept = values[:2].clamp(min=0)
+    scale = torch.where(kept > 1e-12 * values.abs().max(), kept.rsqrt(), torch.zeros(()))
 
-def _profile(ax: Axes, rows: Sequence[Any], i: int, label: str, x: Any = None) -> None:
-    """Median and band of sequences of different lengths, at each index over those that have it."""
-    length = max(map(len, rows), default=0)
-    x = np.arange(1, length + 1) if x is None else x
-    columns = [[row[j] for row in rows if len(row) > j] for j in range(length)]
-    low, middle, high = (
-        [np.percentile(column, q) for column in columns] for q in (_BAND[0], 50, _BAND[1])
-    )
-    ax.plot(x, middle, label=label, **_line(i))
-    ax.fill_between(x, low, high, color=_COLOURS[i % len(_COLOURS)], alpha=0.15, linewidth=0)
-    ax.grid(axis="y", alpha=0.3)
+    def place(to_landmarks: Tensor) -> Any:
+        return (-0.5 * (to_landmarks - means) @ vectors[:, :2] * scale).numpy()
 
-
-def _legend(ax: Axes) -> None:
-    count = len(ax.get_legend_handles_labels()[0])
-    beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
-    ax.legend(fontsize="small", **(beside if count > _LEGEND_INSIDE else {}))
-
-
-def _layers(names: Sequence[str]) -> dict[str, list[int]]:
-    """Indices of modules by layer: the name up to its first number, else the whole name."""
-    layers: dict[str, list[int]] = {}
-    for j, name in enumerate(names):
-        parts = name.split(".")
-        number = next((k for k, part in enumerate(parts) if part.isdecimal()), len(parts))
-        layers.setdefault(".".join(parts[: number + 1]), []).append(j)
-    return layers
-
-
-def _layer_axis(ax: Axes, layers: dict[str, list[int]]) -> None:
-    parts = [label.split(".") for label in layers]
-    common = 0
-    while all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
-        common += 1
-    prefix = ".".join(parts[0][:common]) if parts else ""
-    labels = [".".join(p[common:]) for p in parts]
-    step = max(1, -(-len(labels) // _TICKS))
-    ax.set_xticks(range(0, len(labels), step), labels[::step])
-    if max(map(len, labels), default=0) > _WIDE:
-        ax.tick_params("x", labelrotation=30)
-        for label in ax.get_xticklabels():
-            label.set(ha="right", rotation_mode="anchor")
-    ax.set_xlabel(f"layer (N of {prefix}.N)" if prefix else "layer")
-    ax.grid(axis="y", alpha=0.3)
+    total = float(values.abs().sum()) or 1.0
+    return place, [float(v) / total for v in kept]

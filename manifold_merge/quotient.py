@@ -120,7 +120,7 @@ class QuotientManifold(geoopt.Manifold):
 
     Subclasses write the aligner, ``_align``, and, to be tested, ``random_gauge``. If the group is
     discrete (permutations, signs) that is all. If it is continuous they also write ``_horizontal``,
-    the orthogonal projection onto the horizontal space, and ``_random_vertical``. Any other method
+    the orthogonal projection onto the horizontal space, and ``random_vertical``. Any other method
     may be overridden where a faster or more accurate formula than the total manifold's is known.
 
     The group must act on the total manifold by isometries; otherwise distances between classes are

@@ -69,7 +69,10 @@ def _solve(
     total, reason = 0, ""
     # The tolerance is relative to the spread around the iterate, which a bad start exaggerates.
     for _ in range(3 if isinstance(optimizer, str) else 1):
-        x, count, reason = _solve_one(problem, index, x, optimizer)
+        allowed = problem.max_iterations - total
+        if isinstance(optimizer, str) and allowed <= 0:
+            break
+        x, count, reason = _solve_one(problem, index, x, optimizer, allowed)
         total += count
         rows = torch.tensor([index], device=x.device)
         if bool(problem.stationary(problem.evaluate(x[None], rows))):
@@ -78,7 +81,7 @@ def _solve(
 
 
 def _solve_one(
-    problem: Problem, index: int, x: Tensor, optimizer: str | Optimizer
+    problem: Problem, index: int, x: Tensor, optimizer: str | Optimizer, allowed: int
 ) -> tuple[Tensor, int, str]:
     device, rows = x.device, torch.tensor([index], device=x.device)
     space = GeooptInPymanopt(problem.manifold, x.shape)
@@ -115,7 +118,7 @@ def _solve_one(
         limits = {
             # The iterate moves on: aim below the tolerance, which is relative to the last one.
             "min_gradient_norm": 0.5 * (problem.tolerance * scale + float(begin.floor)),
-            "max_iterations": problem.max_iterations,
+            "max_iterations": allowed,
             "min_step_size": 1e-300,
             "max_time": float("inf"),
             "verbosity": 0,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_cli import run
 
-from manifold_merge.merge_models import merge_models
+from manifold_merge.checkpoint_merge import merge_models
 
 
 def write(folder: Path, seed: int, **config: Any) -> Path:

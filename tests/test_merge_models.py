@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import manifold_merge.merge_models as module
+import manifold_merge.checkpoint_merge as module
 from manifold_merge import FisherEuclidean, frechet_mean
+from manifold_merge.checkpoint_merge import merge_models
 from manifold_merge.checkpoint_span import core_coefficients
 from manifold_merge.checkpoints import Checkpoint, CheckpointError
-from manifold_merge.merge_models import merge_models
 from manifold_merge.statistics_file import Statistics
 
 SHAPES = {"embed.weight": (50, 8), "layers.0.weight": (24, 8), "layers.0.bias": (24,), "scale": ()}

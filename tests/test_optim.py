@@ -3,6 +3,7 @@
 import copy
 import functools
 import io
+import itertools
 
 import geoopt
 import pytest
@@ -409,3 +410,28 @@ def test_inputs_stay_as_they_are():
     FrechetMean(param_groups(module), anchors=[teammate]).step()
     assert torch.equal(vector(teammate), before)
     assert module(input_ids=inputs()).last_hidden_state.isfinite().all()
+
+
+def test_a_pull_near_rank_deficiency_never_raises_the_objective() -> None:
+    """A chordal logarithm at a nearly rank-deficient point is long and misses its anchor."""
+    manifold = LoRAQuotient(12, 9, distance="chordal")
+    generator = torch.Generator().manual_seed(0)
+    b = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    b = b * torch.tensor([1.0, 1e-3, 1e-6], dtype=torch.float64)
+    a = torch.randn(3, 9, generator=generator, dtype=torch.float64)
+    x = torch.nn.Parameter(manifold.pack(b, a))
+    y = manifold.random(21, 3, dtype=torch.float64)
+    optimizer = FrechetMean(
+        [{"params": [x], "manifold": manifold}], anchors=[[y.detach().clone()]], lr=0.5
+    )
+    objectives = [float(optimizer.step()) for _ in range(60)]
+    assert all(new <= 1.01 * old for old, new in itertools.pairwise(objectives))
+    assert objectives[-1] < 0.9 * objectives[0]
+
+
+def test_training_that_diverged_is_told() -> None:
+    manifold = LoRAQuotient(4, 3)
+    x = torch.nn.Parameter(torch.full((7, 1), float("nan")))
+    optimizer = FrechetMean([{"params": [x], "manifold": manifold}], anchors=[[torch.ones(7, 1)]])
+    with pytest.raises(ValueError, match="7 entries are NaN or infinite, the training diverged"):
+        optimizer.step()

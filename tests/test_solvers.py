@@ -330,3 +330,13 @@ def test_a_solver_that_stops_early_says_so():
     solution = frechet_mean(case.manifold, cloud(case, 4, radius=2.0), solver=solver)
     assert int(solution.status) == Status.MAX_ITERATIONS
     assert float(norm(accurate(case.manifold), solution.point, 0 * solution.point)) == 0
+
+
+@pytest.mark.parametrize("solver", ["trust_region", "conjugate_gradient"])
+def test_the_limit_of_iterations_is_kept(solver: str) -> None:
+    """A solver that is begun again where it stopped has the iterations that are left."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    points = points / points.norm(dim=1, keepdim=True)
+    solution = frechet_mean(geoopt.Sphere(), points, solver=solver, max_iterations=1)
+    assert int(solution.iterations) <= 1

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,9 @@ from torch import Tensor
 from manifold_merge._version import __version__
 from manifold_merge.accurate import weighted_sum
 from manifold_merge.checkpoint_span import core_coefficients, stacked_gram_of
+from manifold_merge.checkpoint_symmetry import checkpoint_symmetry, read_state
+from manifold_merge.checkpoint_writer import CheckpointWriter
 from manifold_merge.checkpoints import (
-    CONFIG_NAME,
-    INDEX_NAME,
-    WEIGHTS_NAME,
     Checkpoint,
     CheckpointError,
     TensorEntry,
@@ -32,21 +30,18 @@ from manifold_merge.checkpoints import (
 from manifold_merge.fisher_mean import diagonal_mean
 from manifold_merge.frechet import normalized_weights
 from manifold_merge.linalg import all_finite
-from manifold_merge.output_folder import check_output_folder, resumable_folder
+from manifold_merge.network_merge import merge_networks
 from manifold_merge.statistics_file import DiagonalFile
-from manifold_merge.tensor_file import TensorFileWriter
+from manifold_merge.symmetry import NetworkSymmetry
 
 __all__ = ["MODEL_GEOMETRIES", "ModelMerge", "merge_models"]
 
 logger = logging.getLogger(__name__)
 
-MODEL_GEOMETRIES = ("euclidean", "sphere", "fisher")
+MODEL_GEOMETRIES = ("euclidean", "sphere", "fisher", "permutation")
 SCOPES = ("tensor", "model")
 # Entries worked on at a time: all anchors' parts stay in the cache of a core, or fill a GPU.
 CHUNK, CHUNK_GPU = 2**16, 2**25
-# What is taken over from the first checkpoint's folder besides its weights.
-_CARRIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
-_CARD = "README.md"
 
 Path_ = str | os.PathLike[str]
 
@@ -78,6 +73,7 @@ def merge_models(
     layer_weights: Mapping[str, Sequence[float]] | None = None,
     geometry: str = "euclidean",
     scope: str = "tensor",
+    symmetry: NetworkSymmetry | None = None,
     statistics: Sequence[Path_] | None = None,
     damping: float = 1e-2,
     p: int = 2,
@@ -105,6 +101,11 @@ def merge_models(
             ``karcher``; single numbers are averaged as they are); ``"fisher"``, each entry weighted
             by the diagonal Fisher information that
             :func:`~manifold_merge.statistics.collect_statistics` measured.
+            ``"permutation"``: units, heads and experts are brought into one order first, as
+            independently trained models need it (:func:`~manifold_merge.merge_networks`); this one
+            holds all models in memory.
+        symmetry: For ``"permutation"``, the symmetry of the network; by default it is derived, with
+            transformers, from the class that ``config.json`` names, and proved.
         scope: What is one point for ``"sphere"`` and for medians: each ``"tensor"``, or the whole
             ``"model"``.
         statistics: For ``"fisher"``, one statistics file for each model, of kind ``"diagonal"``.
@@ -138,6 +139,10 @@ def merge_models(
         tensor([[1.5000, 1.5000],
                 [1.5000, 1.5000]])
     """
+    if symmetry is not None and geometry != "permutation":
+        raise ValueError(
+            f"symmetry: geometry={geometry!r} has none; leave it out, or use geometry='permutation'"
+        )
     if not models:
         raise ValueError("models is empty; give at least one folder")
     opened = [x if isinstance(x, Checkpoint) else Checkpoint(x) for x in models]
@@ -147,39 +152,31 @@ def merge_models(
     )  # fmt: skip
     check_same_architecture(opened, allow_different_config=allow_different_config)
     plan.check_statistics()
-    shards = _shards(opened[0], dtype, max_shard_size)
-    carried = _carried(opened[0])
-    path = Path(output).resolve()
-    if any(path in (x.folder.resolve(), x.path.resolve()) for x in opened):
-        raise FileExistsError(f"output {output} is one of the inputs; write to another folder")
-    names = {*shards, *carried, INDEX_NAME, CONFIG_NAME, _CARD, *_shards_of(path)}
-    check_output_folder(path, replaceable=names, overwrite=overwrite)
-
-    total = sum(entry.numel for entry in opened[0].tensors.values())
-    done, resumed = 0, 0
-    with resumable_folder(
-        path, plan.fingerprint(shards), replaceable=names, overwrite=overwrite
-    ) as folder:
-        if plan.needs_whole:
-            plan.measure_whole()
-        for shard, entries in shards.items():
-            if (folder / shard).is_file():
-                resumed += 1
-                done += sum(entry.numel for entry in entries)
-            else:
-                partial = folder / f"{shard}.part"
-                with TensorFileWriter(partial, [entry.name for entry in entries]) as file:
-                    for entry in entries:
-                        parts = plan.merged(entry)
-                        file.write_parts(entry.name, plan.type_of(entry), entry.shape, parts)
-                        done += entry.numel
-                        if progress is not None:
-                            progress(done, total)
-                partial.rename(folder / shard)
-            plan.release()
-        _write_rest(folder, opened[0], carried, shards, plan)
+    if geometry == "permutation":
+        plan.symmetry = checkpoint_symmetry(opened[0]) if symmetry is None else symmetry
+    writer = CheckpointWriter(
+        output, opened[0], opened, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
+    )
+    resumed = writer.write(
+        plan.merged, _card(plan.recipe), fingerprint=plan.fingerprint(writer.layout()),
+        begin=plan.begin, release=plan.release, progress=progress,
+    )  # fmt: skip
     return ModelMerge(
-        path, plan.recipe, len(opened[0].tensors) - len(plan.copied), plan.copied, resumed
+        writer.path, plan.recipe, len(opened[0].tensors) - len(plan.copied), plan.copied, resumed
+    )
+
+
+def _card(recipe: Mapping[str, Any]) -> str:
+    rows = "\n".join(
+        f"| `{model}` | {weight:.6g} |"
+        for model, weight in zip(recipe["models"], recipe["weights"], strict=True)
+    )
+    kind = "Fréchet median" if recipe["p"] == 1 else "Fréchet mean"
+    return (
+        f"---\ntags:\n- merge\n- manifold-merge\n---\n# Merged model\n\nA {kind} of "
+        f"{len(recipe['models'])} models, made with manifold-merge {__version__}.\n\n"
+        f"| model | weight |\n|---|---|\n{rows}\n\n## Recipe\n\n```json\n"
+        f"{json.dumps(recipe, indent=2)}\n```\n"
     )
 
 
@@ -197,7 +194,9 @@ class _Plan:
     dtype: torch.dtype | None
     device: torch.device
     diagonals: list[DiagonalFile] | None
+    symmetry: NetworkSymmetry | None = None
     whole: Tensor | None = None
+    state: dict[str, Tensor] | None = None
 
     @classmethod
     def make(
@@ -216,6 +215,11 @@ class _Plan:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}; got {scope!r}")
         if p not in (1, 2):
             raise ValueError(f"p must be 2 (mean) or 1 (median); got {p!r}")
+        if geometry == "permutation" and (layer_weights or scope == "model"):
+            raise ValueError(
+                "layer_weights and scope: with geometry='permutation' the whole network is one "
+                "point with one weight; leave them out"
+            )
         if geometry == "fisher" and p == 1:
             raise ValueError("p=1: geometry='fisher' has a mean only; use geometry='euclidean'")
         if not 0 <= options["damping"] < math.inf:
@@ -290,6 +294,9 @@ class _Plan:
 
     def merged(self, entry: TensorEntry) -> Iterator[Tensor]:
         """Parts of the merged tensor, flat, in order."""
+        if self.state is not None:
+            yield self.state[entry.name].reshape(-1)
+            return
         stored = [model.read(entry.name).reshape(-1) for model in self.models]
         if not entry.dtype.is_floating_point:
             yield self._equal(entry, stored)
@@ -379,13 +386,13 @@ class _Plan:
         """Whether the mean is a combination of the anchors that depends on their inner products."""
         return len(self.models) > 1 and (self.geometry == "sphere" or self.p == 1)
 
-    @property
-    def needs_whole(self) -> bool:
-        """Whether all tensors have to be read before the first one is merged."""
-        return self.needs_gram and self.scope == "model"
-
-    def measure_whole(self) -> None:
-        """Inner products of whole models."""
+    def begin(self) -> None:
+        """What has to be known of all tensors before the first one is merged."""
+        if self.geometry == "permutation":
+            self._merge_networks()
+            return
+        if not self.needs_gram or self.scope == "tensor":
+            return
         total = torch.zeros(len(self.models), len(self.models), dtype=torch.float64)
         for name in self._averaged:
             stored = [model.read(name).reshape(-1) for model in self.models]
@@ -411,11 +418,14 @@ class _Plan:
                 return weights
         return self.weights
 
-    def type_of(self, entry: TensorEntry) -> torch.dtype:
-        """In which type a tensor is written."""
-        if self.dtype is not None and entry.dtype.is_floating_point:
-            return self.dtype
-        return entry.dtype
+    def _merge_networks(self) -> None:
+        assert self.symmetry is not None
+        states = [read_state(model) for model in self.models]
+        self.release()
+        merge = merge_networks(states, self.symmetry, self.weights, p=self.p)
+        if not merge.solution.converged:
+            logger.warning("merge of networks: %s", merge.solution.message)
+        self.state = merge.state
 
     def release(self) -> None:
         """Let go of the files."""
@@ -439,91 +449,11 @@ class _Plan:
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         }
 
-    def fingerprint(self, shards: Mapping[str, Sequence[TensorEntry]]) -> str:
+    def fingerprint(self, layout: Mapping[str, Sequence[str]]) -> str:
         """Of everything that the result depends on."""
         files = [model.fingerprint() for model in self.models]
         files += [file.fingerprint() for file in self.diagonals or ()]
-        layout = {shard: [x.name for x in entries] for shard, entries in shards.items()}
         paths = [str(model.path.resolve()) for model in self.models]
-        text = json.dumps([self.recipe, self.device.type, paths, files, layout])
+        symmetry = None if self.symmetry is None else self.symmetry.to_dict()
+        text = json.dumps([self.recipe, self.device.type, paths, files, layout, symmetry])
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _shards(
-    first: Checkpoint, dtype: torch.dtype | None, limit: int | None
-) -> dict[str, list[TensorEntry]]:
-    """File names to the tensors that are written there."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"max_shard_size: expected a positive number of bytes, got {limit}")
-    entries = list(first.tensors.values())
-    if limit is None:
-        if len(first.files) == 1:
-            return {WEIGHTS_NAME: entries}
-        return {f: [x for x in entries if x.file == f] for f in first.files}
-    groups: list[list[TensorEntry]] = [[]]
-    size = 0
-    for entry in entries:
-        kind = dtype if dtype is not None and entry.dtype.is_floating_point else entry.dtype
-        own = entry.numel * kind.itemsize
-        if groups[-1] and size + own > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(entry)
-        size += own
-    if len(groups) == 1:
-        return {WEIGHTS_NAME: entries}
-    count = len(groups)
-    return {
-        f"model-{number:05d}-of-{count:05d}.safetensors": group
-        for number, group in enumerate(groups, 1)
-    }
-
-
-def _shards_of(folder: Path) -> set[str]:
-    """Weight files of a merged model that is there already."""
-    try:
-        return set(Checkpoint(folder).files)
-    except (OSError, ValueError):
-        return set()
-
-
-def _carried(first: Checkpoint) -> list[str]:
-    """Names of the files besides the weights that make a model."""
-    if first.path.is_file():
-        return []
-    found = {x.name for pattern in _CARRIED for x in first.folder.glob(pattern) if x.is_file()}
-    return sorted(x for x in found if not x.endswith(".index.json"))
-
-
-def _write_rest(
-    folder: Path,
-    first: Checkpoint,
-    carried: Sequence[str],
-    shards: Mapping[str, Sequence[TensorEntry]],
-    plan: _Plan,
-) -> None:
-    for name in carried:
-        shutil.copyfile(first.folder / name, folder / name)
-    if plan.dtype is not None and CONFIG_NAME in carried:
-        kind = str(plan.dtype).removeprefix("torch.")
-        config = dict(first.config) | {
-            key: kind for key in ("dtype", "torch_dtype") if key in first.config
-        }
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    if len(shards) > 1:
-        size = sum(x.numel * plan.type_of(x).itemsize for x in first.tensors.values())
-        places = {x.name: shard for shard, entries in shards.items() for x in entries}
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    rows = "\n".join(
-        f"| `{model.path.resolve().name}` | {weight:.6g} |"
-        for model, weight in zip(plan.models, plan.weights, strict=True)
-    )
-    kind = "Fréchet median" if plan.p == 1 else "Fréchet mean"
-    (folder / _CARD).write_text(
-        f"---\ntags:\n- merge\n- manifold-merge\n---\n# Merged model\n\nA {kind} of "
-        f"{len(plan.models)} models, made with manifold-merge {__version__}.\n\n"
-        f"| model | weight |\n|---|---|\n{rows}\n\n## Recipe\n\n```json\n"
-        f"{json.dumps(plan.recipe, indent=2)}\n```\n",
-        "utf-8",
-    )

@@ -1,0 +1,327 @@
+"""A network's parameters as one vector, and the action of its permutations on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manifold_merge.assignment import inverse_permutation
+from manifold_merge.symmetry import NetworkSymmetry, Placement
+
+__all__ = ["Block", "NetworkLayout", "Order", "Site", "is_running_statistic", "shapes_of"]
+
+# What a set does to the network: nothing, a permutation (count,), or a soft one (count, count).
+Order = Tensor | None
+
+
+def is_running_statistic(name: str) -> bool:
+    """Whether a tensor of a state dict is a statistic of a normalisation, not a parameter.
+
+    Example:
+        >>> is_running_statistic("bn.running_mean"), is_running_statistic("bn.weight")
+        (True, False)
+    """
+    return name.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive entries of the vector: one tensor, or several of one shape stacked.
+
+    Attributes:
+        names: Names in the state dict; more than one for a stack of whole tensors.
+        shape: Shape of the block, with a first dimension for the stack if it is one.
+        offset: Where it begins in the vector.
+        stacked: Whether it is a stack.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    offset: int
+    stacked: bool
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One axis of one block along which the elements of a set lie.
+
+    Attributes:
+        owner: Index of the set.
+        block: Index of the block.
+        axis: The axis of the block, counted from its end (negative): dimensions in front are batch.
+        count: Number of elements.
+        index: Positions of each element along the axis, ``(count, width)``; ``None`` if they fill
+            it in order.
+        within: ``(axis, position)`` pairs, axes counted from the end, that restrict the action.
+    """
+
+    owner: int
+    block: int
+    axis: int
+    count: int
+    index: Tensor | None
+    within: tuple[tuple[int, int], ...]
+
+    def restrict(self, array: Tensor) -> Tensor:
+        """The part of a block that the site covers, as a view of the same number of dimensions."""
+        for axis, position in self.within:
+            array = array.narrow(axis, position, 1)
+        return array
+
+    def rows(self, array: Tensor) -> Tensor:
+        """The entries of each element, ``(count, entries)``, of a block ``(..., *shape)``."""
+        part = self.restrict(array)
+        if self.index is not None:
+            part = part.index_select(self.axis, self.index.reshape(-1).to(part.device))
+        return part.movedim(self.axis, 0).reshape(self.count, -1)
+
+    def act(self, array: Tensor, order: Order, *, transpose: bool = False) -> Tensor:
+        """Reorder the elements of a block ``(..., *shape)``: element e becomes element order[e].
+
+        A soft order mixes them. ``transpose`` applies the inverse, or the transpose if soft.
+        """
+        if order is None:
+            return array
+        if order.ndim == 1:
+            order = inverse_permutation(order) if transpose else order
+            if self.index is None and not self.within and array.shape[self.axis] == self.count:
+                return array.index_select(self.axis, order)
+        elif transpose:
+            order = order.mT
+        part = self.restrict(array)
+        picked = part
+        if self.index is not None:
+            flat = self.index.reshape(-1).to(part.device)
+            picked = part.index_select(self.axis, flat)
+        moved = picked.movedim(self.axis, 0)
+        rows = moved.reshape(self.count, -1)
+        rows = rows[order] if order.ndim == 1 else order @ rows
+        new = rows.reshape(moved.shape).movedim(0, self.axis)
+        if self.index is None and not self.within:
+            return new
+        result = array.clone()
+        target = self.restrict(result)
+        if self.index is None:
+            target.copy_(new)
+        else:
+            target.index_copy_(self.axis, flat, new)
+        return result
+
+
+class NetworkLayout:
+    """Where each parameter lies in the vector, and how the sets of a symmetry move its entries.
+
+    Running statistics and integer tensors are no parameters and take no part.
+
+    Args:
+        symmetry: Permuted sets of the network.
+        shapes: Shape of each tensor of the state dict, by name; ``symmetry.shapes`` if ``None``.
+
+    Raises:
+        ValueError: If a placement names a tensor or positions that do not exist, or the tensors of
+            a set of whole tensors differ in shape.
+    """
+
+    def __init__(
+        self, symmetry: NetworkSymmetry, shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        self.symmetry = symmetry
+        given = symmetry.shapes if shapes is None else shapes
+        # A shared tensor lies in the vector once.
+        self.shapes = {
+            name: tuple(shape)
+            for name, shape in given.items()
+            if not is_running_statistic(name) and name not in symmetry.aliases
+        }
+        self.sets = symmetry.sets
+        self.counts = tuple(each.count for each in symmetry.sets)
+        self.names = tuple(each.name for each in symmetry.sets)
+        self.blocks: list[Block] = []
+        self._home: dict[str, tuple[int, int | None]] = {}
+        self._place_blocks()
+        self.size = sum(block.size for block in self.blocks)
+        # Sites of each block in the order in which their sets act, and of each set.
+        self.by_block: list[list[Site]] = [[] for _ in self.blocks]
+        self.by_set: list[list[Site]] = [[] for _ in self.sets]
+        self._place_sites()
+        # A set that meets itself in one block enters the score as a square.
+        self.linear = tuple(
+            len({site.block for site in sites}) == len(sites) for sites in self.by_set
+        )
+        self.children = self._children()
+
+    def _place_blocks(self) -> None:
+        stacks = [
+            (each, names)
+            for each in self.sets
+            for names in each.tensors
+            if not any(is_running_statistic(n) for n in names)
+        ]
+        groups: list[tuple[tuple[str, ...], bool]] = [(names, True) for _, names in stacks]
+        inside = {name for names, _ in groups for name in names}
+        groups = [*(((name,), False) for name in self.shapes if name not in inside), *groups]
+        offset = 0
+        for names, stacked in groups:
+            shapes = set()
+            for name in names:
+                if name not in self.shapes:
+                    raise ValueError(f"{name}: the symmetry names it, the state dict has it not")
+                if name in self._home:
+                    raise ValueError(f"{name}: two sets move this whole tensor; merge them")
+                shapes.add(self.shapes[name])
+            if len(shapes) > 1:
+                raise ValueError(f"{names}: whole tensors can be exchanged only if alike: {shapes}")
+            shape = shapes.pop()
+            for position, name in enumerate(names):
+                self._home[name] = (len(self.blocks), position if stacked else None)
+            self.blocks.append(
+                Block(names, (len(names), *shape) if stacked else shape, offset, stacked)
+            )
+            offset += self.blocks[-1].size
+
+    def _place_sites(self) -> None:
+        for owner, each in enumerate(self.sets):
+            placed = [p for p in each.placements if not is_running_statistic(p.tensor)]
+            sites = [self._site(owner, each.count, place) for place in placed]
+            for names in each.tensors:
+                if not is_running_statistic(names[0]):
+                    block = self._home[names[0]][0]
+                    ndim = len(self.blocks[block].shape)
+                    sites.append(Site(owner, block, -ndim, each.count, None, ()))
+            for site in sites:
+                self.by_set[owner].append(site)
+                self.by_block[site.block].append(site)
+
+    def _site(self, owner: int, count: int, place: Placement) -> Site:
+        if place.tensor not in self._home:
+            raise ValueError(
+                f"{place.tensor}: the set {self.sets[owner].name!r} lies in it, but the state dict "
+                "has no such parameter; give the layout all shapes"
+            )
+        number, position = self._home[place.tensor]
+        shape = self.shapes[place.tensor]
+        axis = place.axis - len(shape)
+        within = tuple((a - len(shape), i) for a, i in place.within)
+        if position is not None:
+            within = (*within, (-len(shape) - 1, position))
+        index = place.index(count)
+        length = shape[place.axis]
+        if int(index.max()) >= length or int(index.min()) < 0:
+            raise ValueError(
+                f"{place.tensor}: axis {place.axis} has {length} positions, the set "
+                f"{self.sets[owner].name!r} reaches {int(index.max())}"
+            )
+        whole = index.numel() == length and torch.equal(index.reshape(-1), torch.arange(length))
+        return Site(owner, number, axis, count, None if whole else index, within)
+
+    def _children(self) -> dict[int, list[list[int]]]:
+        """Sets nested in the elements of another: for each parent, a list for each element."""
+        positions = {name: i for i, name in enumerate(self.names)}
+        found: dict[int, list[list[int]]] = {}
+        for i, each in enumerate(self.sets):
+            if each.parent is None or each.parent[0] not in positions:
+                continue
+            parent = positions[each.parent[0]]
+            if parent <= i:
+                raise ValueError(f"sets: {each.name!r} must come before its parent")
+            lists = found.setdefault(parent, [[] for _ in range(self.counts[parent])])
+            lists[each.parent[1]].append(i)
+        return found
+
+    # --- vectors ---------------------------------------------------------------------------------
+
+    def pack(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Write the parameters of a state dict into one vector, ``(..., N)``.
+
+        Raises:
+            ValueError: If a tensor is missing or has another shape.
+        """
+        pieces = []
+        for block in self.blocks:
+            for name in block.names:
+                if name not in state:
+                    raise ValueError(f"{name}: missing in the state dict; it is not this network's")
+                shape, tensor = self.shapes[name], state[name]
+                if tuple(tensor.shape[tensor.ndim - len(shape) :]) != shape:
+                    raise ValueError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
+                pieces.append(tensor.reshape(*tensor.shape[: tensor.ndim - len(shape)], -1))
+        return torch.cat(pieces, -1) if pieces else torch.zeros(0)
+
+    def unpack(self, vector: Tensor) -> dict[str, Tensor]:
+        """Read the parameters from a vector ``(..., N)``, as views, by name."""
+        state: dict[str, Tensor] = {}
+        for block, array in zip(self.blocks, self.views(vector), strict=True):
+            if block.stacked:
+                parts = array.unbind(-len(block.shape))
+                state.update(zip(block.names, parts, strict=True))
+            else:
+                state[block.names[0]] = array
+        return {name: state[name] for name in self.shapes}
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The blocks of a vector ``(..., N)``, as views ``(..., *shape)``."""
+        return [
+            vector.narrow(-1, b.offset, b.size).reshape(*vector.shape[:-1], *b.shape)
+            for b in self.blocks
+        ]
+
+    def join(self, arrays: Sequence[Tensor]) -> Tensor:
+        """Write blocks ``(..., *shape)`` into one vector, ``(..., N)``."""
+        pairs = zip(arrays, self.blocks, strict=True)
+        return torch.cat([a.reshape(*a.shape[: a.ndim - len(b.shape)], -1) for a, b in pairs], -1)
+
+    def permute(self, vector: Tensor, orders: Sequence[Order]) -> Tensor:
+        """Reorder the elements of each set of a network ``(..., N)``; soft orders mix them."""
+        arrays = self.views(vector)
+        for number, sites in enumerate(self.by_block):
+            for site in sites:
+                arrays[number] = site.act(arrays[number], orders[site.owner])
+        return self.join(arrays)
+
+    def symmetrized(self, vector: Tensor) -> Tensor:
+        """The average of a vector ``(..., N)`` over all permutations of the sets.
+
+        A diagonal metric has to equal its average for permutations to be isometries.
+        """
+        uniform = [
+            torch.full((n, n), 1 / n, dtype=vector.dtype, device=vector.device) for n in self.counts
+        ]
+        return self.permute(vector, uniform)
+
+    def compose(self, first: Sequence[Order], second: Sequence[Order]) -> list[Order]:
+        """Orders that act as ``first`` followed by ``second``, both hard.
+
+        Nested sets move with their parents: the children of the element that ``second`` brings to
+        place e must be reordered as ``second`` asks of the children of e.
+        """
+        second = list(second)
+        moved = list(second)
+        for parent, lists in self.children.items():
+            order = first[parent]
+            if order is None:
+                continue
+            for place, source in enumerate(order.tolist()):
+                for child, original in zip(lists[place], lists[source], strict=True):
+                    moved[original] = second[child]
+        result: list[Order] = []
+        for a, b in zip(first, moved, strict=True):
+            result.append(b if a is None else a if b is None else a[b])
+        return result
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a state dict: floating point, no running statistics."""
+    return {
+        name: tuple(t.shape)
+        for name, t in state.items()
+        if t.is_floating_point() and not is_running_statistic(name)
+    }
