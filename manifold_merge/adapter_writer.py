@@ -104,7 +104,8 @@ def write_adapter(
         Halve an adapter:
 
         >>> import json, tempfile, torch
-        >>>         >>> folder = Path(tempfile.mkdtemp())
+        >>> from safetensors.torch import save_file
+        >>> folder = Path(tempfile.mkdtemp())
         >>> config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["query"]}
         >>> _ = (folder / "adapter_config.json").write_text(json.dumps(config))
         >>> stem = "base_model.model.layer.0.query"

@@ -311,6 +311,8 @@ class _Plan:
             gram = self.whole
             if gram is None:
                 gram = stacked_gram_of(self._parts(stored))
+            if not all_finite(gram):
+                raise self._bad_values(entry, stored)
             # One number has a sign and no direction that could be averaged.
             single = entry.numel == 1 and self.whole is None
             geometry = "euclidean" if single else self.geometry
@@ -396,7 +398,10 @@ class _Plan:
         total = torch.zeros(len(self.models), len(self.models), dtype=torch.float64)
         for name in self._averaged:
             stored = [model.read(name).reshape(-1) for model in self.models]
-            total += stacked_gram_of(self._parts(stored))
+            own = stacked_gram_of(self._parts(stored))
+            if not all_finite(own):
+                raise self._bad_values(self.models[0].tensors[name], stored)
+            total += own
         self.release()
         self.whole = total
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manifold_merge.accurate import weighted_sum
 from manifold_merge.fisher import FisherEuclidean
+from manifold_merge.linalg import broadcast_shapes
 from manifold_merge.network_layout import NetworkLayout, Order, shapes_of
 from manifold_merge.network_matching import METHODS, Matching, coordinate_descent, random_orders
 from manifold_merge.network_synchronize import match_networks, synchronize
@@ -29,7 +30,7 @@ class _Index(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, manifold: Any) -> Tensor:
-        batch = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+        batch = broadcast_shapes(x.shape[:-1], y.shape[:-1])
         x, y = x.expand(*batch, -1).reshape(-1, x.shape[-1]), y.expand(*batch, -1)
         rows = zip(x, y.reshape(-1, y.shape[-1]), strict=True)
         found = [manifold._positions(manifold._orders(a, b)) for a, b in rows]

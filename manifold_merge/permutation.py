@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manifold_merge import accurate as digits
 from manifold_merge.assignment import assign, sinkhorn
+from manifold_merge.linalg import broadcast_shapes
 from manifold_merge.power import (
     PowerManifold,
     align_in,
@@ -126,7 +127,7 @@ class PermutationQuotient(QuotientManifold):
 
     def _reorder(self, x: Tensor, permutation: Tensor) -> Tensor:
         point = x.shape[x.ndim - self.ndim + 1 :]
-        batch = torch.broadcast_shapes(x.shape[: x.ndim - self.ndim], permutation.shape[:-1])
+        batch = broadcast_shapes(x.shape[: x.ndim - self.ndim], permutation.shape[:-1])
         x = x.expand(*batch, *x.shape[x.ndim - self.ndim :])
         index = permutation.expand(*batch, self.count)
         index = index[(..., *(None,) * len(point))].expand(*batch, self.count, *point)

@@ -11,6 +11,7 @@ from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
 from manifold_merge import accurate as digits
+from manifold_merge.linalg import broadcast_shapes
 from manifold_merge.quotient import Gauge, QuotientManifold
 
 __all__ = ["PowerManifold", "align_in", "gauge_of", "horizontal_in", "vertical_in"]
@@ -59,7 +60,7 @@ class PowerManifold(geoopt.Manifold):
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
         """The terms of the inner product that the base reports for each point."""
         value = self.base.component_inner(x, u, v)
-        return value.expand(torch.broadcast_shapes(x.shape, u.shape))
+        return value.expand(broadcast_shapes(x.shape, u.shape))
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Project each vector, ``(..., count, *point)``."""

@@ -350,6 +350,12 @@ ERRORS: dict[str, tuple[Callable[[list[Path]], None], dict[str, Any], type[Excep
     "truncated": (_truncate, {}, CheckpointError, "m1/model-00001.* truncated or damaged"),
     "shard": (_lose, {}, FileNotFoundError, "model-00002-of-00002.safetensors is missing"),
     "nan": (_poison, {}, CheckpointError, "m1: tensor 'layers.0.weight' holds NaN"),
+    "nan sphere": (
+        _poison, {"geometry": "sphere"}, CheckpointError, "m1: tensor 'layers.0.weight' holds NaN"
+    ),
+    "nan model": (
+        _poison, {"p": 1, "scope": "model"}, CheckpointError, "m1: tensor 'layers.0.weight' holds"
+    ),
     "shape": (_reshape, {}, CheckpointError, r"'embed.weight' has shape \(51, 8\) in .*m1"),
     "fewer": (_fewer, {}, CheckpointError, "m1 has no tensor 'scale', which .*m0 has"),
     "heads": (_heads, {}, CheckpointError, "'num_attention_heads' = 2, .* allow_different_config"),
