@@ -197,10 +197,9 @@ def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 
 def _to_disk(what: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Copy to the CPU as a contiguous tensor that shares no memory, and check its values."""
-    copy = tensor.detach().to(
-        device="cpu", dtype=dtype, copy=True, memory_format=torch.contiguous_format
-    )
+    """The same numbers on the CPU, contiguous, in the type that is written; checked."""
+    # Converted in its own layout first: to transpose and convert at once takes longer.
+    copy = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
     if not all_finite(copy):
         cause = "was given with NaN or infinite values; check the inputs"
         if all_finite(tensor):

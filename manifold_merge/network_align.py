@@ -76,7 +76,8 @@ def align(
         method: ``"anneal"``, ``"coordinate"`` (coordinate descent, as Git Re-Basin's weight
             matching) or ``"frank_wolfe"``.
         rescale: Remove positive rescaling of units too: balanced representatives are matched, and
-            the result has the scales of ``to``.
+            the result has the scales of ``to``. The reported distances are plain ones, between
+            the given scales, which this does not minimise.
         fisher: Diagonal Fisher information of ``state``, by name.
         to_fisher: Diagonal Fisher information of ``to``, by name.
         scores: How well element i of ``to`` fits element j of ``state``, ``(count, count)`` for
