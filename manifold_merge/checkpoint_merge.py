@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 MODEL_GEOMETRIES = ("euclidean", "sphere", "fisher", "permutation")
 SCOPES = ("tensor", "model")
 # Entries worked on at a time: all anchors' parts stay in the cache of a core, or fill a GPU.
-CHUNK, CHUNK_GPU = 2**16, 2**25
+CHUNK, CHUNK_GPU = 2**17, 2**25
 
 Path_ = str | os.PathLike[str]
 
@@ -65,6 +65,7 @@ class ModelMerge:
     resumed: int
 
 
+@torch.no_grad()
 def merge_models(
     models: Sequence[Path_ | Checkpoint],
     output: Path_,
@@ -381,7 +382,10 @@ class _Plan:
     @property
     def chunk(self) -> int:
         """Entries worked on at a time."""
-        return CHUNK if self.device.type == "cpu" else CHUNK_GPU
+        if self.device.type != "cpu":
+            return CHUNK_GPU
+        # Several threads have to be woken for each operation: it must be worth it.
+        return CHUNK if torch.get_num_threads() == 1 else 4 * CHUNK
 
     @property
     def needs_gram(self) -> bool:

@@ -286,8 +286,12 @@ def diagonal_mean(
     numerator: Tensor | None = None
     for w, fisher, x in zip(weights, fishers, points, strict=True):
         share = w * fisher
-        numerator = share * x if numerator is None else torch.addcmul(numerator, share, x)
-        total = share if total is None else total + share
+        if numerator is None or total is None:
+            numerator, total = share * x, share
+        elif torch.is_grad_enabled() or not share.shape == total.shape == numerator.shape:
+            numerator, total = torch.addcmul(numerator, share, x), total + share
+        else:  # in place: these sums are ours
+            numerator, total = numerator.addcmul_(share, x), total.add_(share)
     if numerator is None or total is None:
         raise ValueError("points: at least one anchor is needed, got none")
     return numerator / total
