@@ -370,11 +370,7 @@ class _Plan:
 
     def _bad_values(self, entry: TensorEntry, stored: Sequence[Tensor]) -> CheckpointError:
         for model, x in zip(self.models, stored, strict=True):
-            if not all_finite(x):
-                return CheckpointError(
-                    f"{model.path}: tensor {entry.name!r} holds NaN or infinite values; the "
-                    "training diverged or the file is damaged: use an earlier checkpoint"
-                )
+            model.check_finite(entry.name, x)
         return CheckpointError(f"the mean of tensor {entry.name!r} is beyond float32")
 
     # --- all tensors -----------------------------------------------------------------------------

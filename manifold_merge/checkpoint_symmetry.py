@@ -65,7 +65,11 @@ def checkpoint_symmetry(checkpoint: Checkpoint) -> NetworkSymmetry:
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All tensors in memory, real ones at least in float32."""
+    """All tensors in memory, real ones at least in float32.
+
+    Raises:
+        CheckpointError: A tensor holds NaN or infinity.
+    """
     state = {}
     for name, entry in checkpoint.tensors.items():
         stored = checkpoint.read(name)
@@ -73,6 +77,7 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Tensor]:
         if entry.dtype.is_floating_point:
             kind = torch.promote_types(kind, torch.float32) if kind.itemsize > 1 else torch.float32
         state[name] = stored.to(kind, copy=True)
+        checkpoint.check_finite(name, state[name])
     return state
 
 

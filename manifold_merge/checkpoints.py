@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from manifold_merge.linalg import all_finite
 from manifold_merge.tensor_file import DTYPES
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorEntry", "check_same_architecture"]
@@ -219,6 +220,21 @@ class Checkpoint:
             raise KeyError(f"{self.path} has no tensor {name!r}; see Checkpoint.tensors")
         tensor: Tensor = self._handle(self.tensors[name].file).get_tensor(name)
         return tensor
+
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        """Raise if a tensor that was read holds NaN or infinity.
+
+        Raises:
+            CheckpointError: Names the checkpoint and the tensor.
+        """
+        if not tensor.is_floating_point():
+            return
+        # Sums of eight-bit numbers are not defined.
+        if not all_finite(tensor if tensor.dtype.itemsize > 1 else tensor.float()):
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} holds NaN or infinite values; the training diverged "
+                "or the file is damaged: use an earlier checkpoint"
+            )
 
     def release(self) -> None:
         """Let go of the files; what was read no longer counts as memory of this process."""

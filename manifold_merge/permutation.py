@@ -219,7 +219,7 @@ class PermutationQuotient(QuotientManifold):
         return (fixed * squared + self.temperature * entropy).sum((-2, -1)), plan
 
     def _dist2_covector(self, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError  # dist2 is differentiated by autograd
+        raise NotImplementedError(f"{self} needs none: autograd differentiates its distance")
 
     @__scaling__(ScalingInfo())
     def ehess2rhess(self, x: Tensor, egrad: Tensor, ehess: Tensor, u: Tensor) -> Tensor:

@@ -82,6 +82,21 @@ def test_command_line(tmp_path: Path) -> None:
     assert document["recipe"]["geometry"] == "permutation"
 
 
+def test_nan_names_the_checkpoint(tmp_path: Path) -> None:
+    one, _ = saved(tmp_path / "a", tiny_transformers.gpt2, 0)
+    two, _ = saved(tmp_path / "b", tiny_transformers.gpt2, 1)
+    state = load_file(two / "model.safetensors")
+    name = "transformer.wpe.weight"
+    state[name][0, 0] = float("nan")
+    save_file(state, two / "model.safetensors", {"format": "pt"})
+    message = f"b: tensor '{name}' holds NaN"
+    with pytest.raises(CheckpointError, match=message):
+        merge_models([one, two], tmp_path / "out", geometry="permutation")
+    with pytest.raises(CheckpointError, match=message):
+        align_models(two, one, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_own_networks_bring_their_symmetry(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     symmetry = symmetry_of(network, torch.randn(5, 3))
