@@ -24,8 +24,9 @@ from manifold_merge.adapters import Adapter
 from manifold_merge.lift import _singular_frames, pairwise_cosines
 from manifold_merge.linalg import adjoint
 from manifold_merge.lora import LoRAQuotient
-from manifold_merge.merge import DEFAULT_BUDGET, AdapterMerge, merge_adapters
+from manifold_merge.merge import AdapterMerge, merge_adapters
 from manifold_merge.merge_fisher import has_statistics
+from manifold_merge.merge_plan import DEFAULT_BUDGET
 from manifold_merge.mergeability import OutputErrors, output_errors
 from manifold_merge.plots import (
     plot_distances,

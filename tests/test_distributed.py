@@ -79,12 +79,12 @@ def test_checkpoints_over_two_processes(tmp_path: Path) -> None:
 
 LOST = """
 import os
-from manifold_merge import merge
+from manifold_merge.merge_plan import MergePlan
 if os.environ["RANK"] == "1":
-    solve = merge._Plan._merge_chunk
+    solve = MergePlan._merge_chunk
     def lost(self, *arguments):
         os._exit(9)
-    merge._Plan._merge_chunk = lost
+    MergePlan._merge_chunk = lost
 from manifold_merge.cli import main
 main()
 """
