@@ -1,9 +1,9 @@
-"""Put the tables of the last runs, ``results/*.json``, into both ``README.md``.
+"""Put the tables of the last runs, ``results/*.json``, into ``README.md`` and the pages.
 
-    python benchmarks/update_readme.py          # rewrite the README
-    python benchmarks/update_readme.py --check  # fail if that would change it
+    python benchmarks/update_readme.py          # rewrite them
+    python benchmarks/update_readme.py --check  # fail if that would change one
 
-The README holds a pair of comments for each result, ``<!-- NAME -->`` and ``<!-- /NAME -->``. What
+A page holds a pair of comments for each result, ``<!-- NAME -->`` and ``<!-- /NAME -->``. What
 stands between them is what the script that wrote the result prints; nothing is typed by hand.
 """
 
@@ -16,21 +16,27 @@ import re
 from pathlib import Path
 
 import accuracy
+import comparison
 import harness
 
 HERE = Path(__file__).resolve().parent
-READMES = (HERE / "README.md", HERE.parent / "README.md")
+READMES = (
+    HERE / "README.md",
+    HERE.parent / "README.md",
+    *sorted((HERE.parent / "docs").glob("*.md")),
+)
 # The script whose ``render`` turns a result into Markdown, where it is not the result's name.
+SUMMARIES = {"accuracy": accuracy.render, "comparison": comparison.render}  # of several results
 SCRIPTS = {"score_bench_val": "score_bench", "score_bench_test": "score_bench"}
 
 
 def filled(text: str, results: Path) -> str:
-    """The README with every section renewed."""
+    """The text with every section renewed."""
 
     def section(match: re.Match[str]) -> str:
         name = match["name"]
-        if name == "accuracy":  # from several results
-            return f"<!-- {name} -->\n\n{accuracy.render(results)}\n\n<!-- /{name} -->"
+        if name in SUMMARIES:
+            return f"<!-- {name} -->\n\n{SUMMARIES[name](results)}\n\n<!-- /{name} -->"
         file = results / f"{name}.json"
         if not file.exists():
             body = "Not run yet."
@@ -39,8 +45,8 @@ def filled(text: str, results: Path) -> str:
             body = script.render(json.loads(file.read_text("utf-8")))
         return f"<!-- {name} -->\n\n{body}\n\n<!-- /{name} -->"
 
-    pattern = r"<!-- (?P<name>\w+) -->.*?<!-- /(?P=name) -->"
-    return re.sub(pattern, section, text, flags=re.DOTALL)
+    pattern = r"^<!-- (?P<name>\w+) -->$.*?^<!-- /(?P=name) -->$"  # pages include them by name too
+    return re.sub(pattern, section, text, flags=re.DOTALL | re.MULTILINE)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from manifold_merge.checkpoints import (
     TensorEntry,
     check_same_architecture,
 )
-from manifold_merge.fisher_mean import diagonal_mean
+from manifold_merge.fisher_mean import mean_by_shares
 from manifold_merge.frechet import normalized_weights
 from manifold_merge.linalg import all_finite
 from manifold_merge.network_merge import merge_networks
@@ -307,7 +307,7 @@ class _Plan:
         floors: list[float] = []
         if self.diagonals is not None and entry.name in self.diagonals[0].shapes:
             fishers = [file.read(entry.name).reshape(-1) for file in self.diagonals]
-            floors = [self.damping * float(f.mean(dtype=torch.float32)) for f in fishers]
+            floors = [self.damping * file.mean(entry.name) for file in self.diagonals]
         elif self.needs_gram:
             gram = self.whole
             if gram is None:
@@ -323,11 +323,8 @@ class _Plan:
                 mean = weighted_sum(weights.to(part), part)
             else:
                 at = slice(number * self.chunk, number * self.chunk + part.shape[1])
-                own = [f[at].to(part.device, part.dtype, copy=True) for f in fishers]
-                for index, f in enumerate(own):
-                    self._check_fisher(entry.name, index, f, floors[index])
-                    f.add_(floors[index])
-                mean = diagonal_mean(part, own, weights.to(part)[:, None])
+                own = [f[at] for f in fishers]
+                mean = mean_by_shares(part, self._shares(entry.name, own, weights, floors, part))
             if not all_finite(mean):
                 raise self._bad_values(entry, stored)
             yield mean
@@ -345,11 +342,26 @@ class _Plan:
                 place.copy_(x[start : start + self.chunk])
             yield part
 
-    def _check_fisher(self, name: str, index: int, part: Tensor, floor: float) -> None:
-        """Raise if Fisher information is not what it has to be."""
-        least = float(part.amin()) if part.numel() else 1.0
-        if least > 0 or (least == 0 and floor > 0):
-            return
+    def _shares(
+        self, name: str, fishers: list[Tensor], weights: Tensor, floors: list[float], like: Tensor
+    ) -> Iterator[Tensor]:
+        """Shares w (f + floor) of one part of a tensor; all but the first come in one buffer."""
+        buffer = None
+        for index, fisher in enumerate(fishers):
+            weight, floor = float(weights[index]), floors[index]
+            f = fisher.to(like.device, like.dtype)
+            base = torch.tensor(weight * floor, dtype=like.dtype, device=like.device)
+            if index < 2:
+                buffer = torch.empty_like(like[0])
+            share = torch.add(base, f, alpha=weight, out=buffer)
+            # Rounding is monotone: a share is below that of zero only where f is.
+            seen, bound = (share, base) if weight > 0 else (f, torch.zeros_like(base))
+            least = seen.amin()
+            if not bool(least >= bound if floor > 0 else least > bound):
+                raise self._bad_fisher(name, index, float(f.amin()))
+            yield share
+
+    def _bad_fisher(self, name: str, index: int, least: float) -> CheckpointError:
         why = (
             "has entries of zero; pass damping > 0, and collect it on inputs that this parameter "
             "acts on"
@@ -357,7 +369,7 @@ class _Plan:
             else "is negative or not finite; collect it again"
         )
         path = self.diagonals[index].path if self.diagonals else ""
-        raise CheckpointError(f"{path}: the Fisher information of {name!r} {why}")
+        return CheckpointError(f"{path}: the Fisher information of {name!r} {why}")
 
     def _equal(self, entry: TensorEntry, stored: Sequence[Tensor]) -> Tensor:
         counter = entry.name.endswith("num_batches_tracked")

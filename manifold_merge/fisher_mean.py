@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import geoopt
@@ -34,7 +34,7 @@ from manifold_merge.lora import LoRAQuotient
 from manifold_merge.quotient import QuotientManifold
 from manifold_merge.solution import FrechetSolution, Status
 
-__all__ = ["flat_mean", "mean_with_metrics"]
+__all__ = ["flat_mean", "mean_by_shares", "mean_with_metrics"]
 
 SOLVERS = ("auto", "closed_form", "conjugate_gradient")
 
@@ -282,10 +282,21 @@ def diagonal_mean(
         fishers: One diagonal for each, ``(..., *point)``.
         weights: ``(k, ...)``, such that each broadcasts against a point.
     """
+    return mean_by_shares(points, (w * f for w, f in zip(weights, fishers, strict=True)))
+
+
+def mean_by_shares(points: Iterable[Tensor], shares: Iterable[Tensor]) -> Tensor:
+    """Σ sᵢθᵢ / Σ sᵢ, entry by entry.
+
+    Args:
+        points: k anchors ``(..., *point)``.
+        shares: A positive share for each entry of each, ``(..., *point)``. Where no gradients are
+            recorded the first is overwritten by the sum, so that each later one may come in one
+            buffer.
+    """
     total: Tensor | None = None
     numerator: Tensor | None = None
-    for w, fisher, x in zip(weights, fishers, points, strict=True):
-        share = w * fisher
+    for share, x in zip(shares, points, strict=True):
         if numerator is None or total is None:
             numerator, total = share * x, share
         elif torch.is_grad_enabled() or not share.shape == total.shape == numerator.shape:
@@ -294,7 +305,9 @@ def diagonal_mean(
             numerator, total = numerator.addcmul_(share, x), total.add_(share)
     if numerator is None or total is None:
         raise ValueError("points: at least one anchor is needed, got none")
-    return numerator / total
+    if torch.is_grad_enabled() or numerator.shape != total.shape:
+        return numerator / total
+    return numerator.div_(total)
 
 
 def _closed_form(

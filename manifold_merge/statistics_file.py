@@ -227,6 +227,12 @@ def _save(statistics: Statistics, path: str | os.PathLike[str], dtype: torch.dty
             for side, grams in _sides(statistics).items()
             for name, gram in grams.items()
         },
+        # Damping is relative to it; a streamed merge then need not read each diagonal twice.
+        "means": {
+            key: float(value.mean(dtype=torch.float64)) if value.numel() else 0.0
+            for key, value in tensors.items()
+            if key.startswith(_DIAGONAL)
+        },
     }
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
@@ -369,6 +375,7 @@ class DiagonalFile:
             key.removeprefix(_DIAGONAL): tuple(self._opened().get_slice(key).get_shape())
             for key in keys
         }
+        self._means: dict[str, float] = header.get("means", {})
 
     def _opened(self) -> Any:
         if self._handle is None:
@@ -379,6 +386,13 @@ class DiagonalFile:
         """The diagonal of one parameter, a view of the file."""
         tensor: Tensor = self._opened().get_tensor(_DIAGONAL + name)
         return tensor
+
+    def mean(self, name: str) -> float:
+        """The mean of the diagonal of one parameter, from the header where it is stored there."""
+        known = self._means.get(_DIAGONAL + name)
+        if known is None:  # written by an earlier version
+            known = float(self.read(name).mean(dtype=torch.float32))
+        return known
 
     def release(self) -> None:
         """Let go of the file."""

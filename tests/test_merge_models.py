@@ -11,6 +11,7 @@ from typing import Any
 import geoopt
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import manifold_merge.checkpoint_merge as module
@@ -132,8 +133,20 @@ def test_slerp_of_two(tmp_path: Path) -> None:
         assert torch.allclose(found, expected, atol=1e-10)
 
 
+def edit_statistics(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the numbers of a statistics file, which then has no stored means, as older files."""
+    with safe_open(file, "pt") as handle:
+        metadata = handle.metadata()
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    header = json.loads(metadata["header"])
+    assert header.pop("means").keys() == tensors.keys()
+    change(tensors)
+    save_file(tensors, file, {**metadata, "header": json.dumps(header)})
+
+
 @pytest.mark.usefixtures("small_chunks")
-def test_fisher_merging(three: list[Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored_means", [True, False])
+def test_fisher_merging(stored_means: bool, three: list[Path], tmp_path: Path) -> None:
     """The streamed mean equals frechet_mean with FisherEuclidean metrics."""
     files, diagonals = [], []
     for i in range(3):
@@ -145,6 +158,8 @@ def test_fisher_merging(three: list[Path], tmp_path: Path) -> None:
         }
         files.append(tmp_path / f"s{i}.safetensors")
         Statistics("diagonal", diagonals=own, examples=3).save(files[-1], dtype=torch.float64)
+        if not stored_means:
+            edit_statistics(files[-1], lambda tensors: None)
         diagonals.append(own)
     merged = merge_models(
         three, tmp_path / "out", geometry="fisher", statistics=files, damping=0.1,
@@ -159,7 +174,40 @@ def test_fisher_merging(three: list[Path], tmp_path: Path) -> None:
             metrics = [FisherEuclidean(own[name], damping=0.1) for own in diagonals]
             space = geoopt.Euclidean(ndim=len(SHAPES[name]))
             expected = frechet_mean(space, points, weights, metrics=metrics).point
-        assert torch.allclose(found[name], expected, atol=1e-12)
+        atol = 1e-12 if stored_means else 1e-7  # means of older files are taken in float32
+        assert torch.allclose(found[name], expected, atol=atol)
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [1, 0, 1]])
+@pytest.mark.parametrize(
+    ("value", "damping", "message"),
+    [
+        (-1.0, 0.5, "'embed.weight' is negative or not finite"),
+        (float("nan"), 0.5, "'embed.weight' is negative or not finite"),
+        (0.0, 0.0, "'embed.weight' has entries of zero"),
+        (0.0, 0.5, None),
+    ],
+)
+def test_fisher_information_is_checked(
+    value: float, damping: float, message: str | None, weights: list[int],
+    three: list[Path], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Whatever the weight of the model."""
+    files = [tmp_path / f"s{i}.safetensors" for i in range(3)]
+    for file in files:
+        own = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+        Statistics("diagonal", diagonals=own, examples=3).save(file)
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["diagonal/embed.weight"][-1, -1] = value
+
+    edit_statistics(files[1], spoil)
+    options = {"geometry": "fisher", "statistics": files, "damping": damping, "weights": weights}
+    if message is None:
+        merge_models(three, tmp_path / "out", **options)
+        return
+    with pytest.raises(CheckpointError, match=f"s1.safetensors: the Fisher .* {message}"):
+        merge_models(three, tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize("geometry", ["euclidean", "sphere"])
