@@ -162,8 +162,7 @@ class SPD(geoopt.SymmetricPositiveDefinite):
     @staticmethod
     def _whiten(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         root, info = torch.linalg.cholesky_ex(x)
-        if bool(info.any()):
-            root = torch.where((info == 0)[..., None, None], root, torch.nan)
+        root = torch.where((info == 0)[..., None, None], root, torch.nan)
         half = torch.linalg.solve_triangular(root, y, upper=False)
         return root, torch.linalg.solve_triangular(root, adjoint(half), upper=False)
 

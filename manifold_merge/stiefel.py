@@ -27,6 +27,7 @@ from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
 from manifold_merge.linalg import adjoint, in_batches, matrix_exp
+from manifold_merge.quotient import squared_distance
 
 __all__ = [
     "Coupling",
@@ -66,7 +67,7 @@ class Stiefel(geoopt.EuclideanStiefelExact):
     """Orthonormal r-frames in R^m with the Euclidean metric, logarithm and distance included.
 
     A point is a matrix ``(..., m, r)`` with orthonormal columns. Everything but ``logmap``,
-    ``dist`` and ``projx`` is geoopt's.
+    ``dist`` and ``projx`` is geoopt's. Distances can be differentiated, logarithms cannot.
 
     Example:
         >>> import torch
@@ -121,7 +122,24 @@ class Stiefel(geoopt.EuclideanStiefelExact):
     @__scaling__(ScalingInfo(1))
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Length of the geodesic that ``logmap`` finds, of the batch shape or ``(..., 1, 1)``."""
-        return self.norm(x, self.logmap(x, y), keepdim=keepdim)
+        squared = self.dist2(x, y, keepdim=keepdim)
+        # The root has no derivative at zero; that of the distance is taken to be zero there.
+        positive = squared > 0
+        return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
+
+    @__scaling__(ScalingInfo(2))
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Squared distance, of the batch shape or ``(..., 1, 1)``."""
+        squared = squared_distance(self, x, y)
+        return squared[..., None, None] if keepdim else squared
+
+    log_is_searched = True
+
+    def _dist2(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.logmap(x, y).square().sum((-2, -1))
+
+    def _dist2_covector(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.logmap(x, y)  # the metric is that of the surrounding space
 
     def projx(self, x: Tensor) -> Tensor:
         """Nearest frame; a matrix that is orthonormal to round-off is returned as it is."""

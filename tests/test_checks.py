@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import geoopt
@@ -12,7 +13,9 @@ import pytest
 import torch
 from checks_examples import Directions, ProjectiveSpace, Sphere, broken, scaled_by
 
+import manifold_merge
 from manifold_merge import checks
+from manifold_merge.accurate import accurate
 from manifold_merge.checks import (
     LAWS,
     CheckReport,
@@ -120,6 +123,22 @@ GEOOPT = {
 }
 
 
+# What the solvers put in the place of geoopt's manifolds; the rest of the defects is inherited.
+ROOT = "the square root of a squared chord has no derivative at 0"
+ACCURATE = {
+    name: Case(accurate(GEOOPT[name].manifold), defects, GEOOPT[name].options, GEOOPT[name].double)
+    for name, defects in {
+        "Sphere": {},
+        "SphereExact": {},
+        "SPD(AIM)": {"finite_gradients": EIGENVALUES},
+        "EuclideanStiefel": {},
+        "EuclideanStiefelExact": {},
+        "Lorentz": {**GEOOPT["Lorentz"].defects, "finite_gradients": ROOT},
+        "Product": GEOOPT["Product"].defects,
+    }.items()
+}
+
+
 @pytest.fixture
 def default_precision(request):
     """Torch's default precision while a case runs."""
@@ -160,6 +179,24 @@ def test_right_manifolds_keep_every_law(case, batch, default_precision):
                 "accepts NaN as a vector",  # reported only as well
             )
         ), report[name]
+
+
+@cases((), (2, 1), of=ACCURATE)
+def test_manifolds_of_the_solvers_keep_every_law(case, batch, default_precision):
+    assert isinstance(case.manifold, geoopt.Manifold)
+    report = check_manifold(case.manifold, batch=batch, skip=tuple(case.defects), **case.options)
+    assert not report.failed
+
+
+def test_every_manifold_has_a_contract_test():
+    """By name, in the files that call the suite."""
+    files = Path(__file__).parent.glob("test_*.py")
+    text = "".join(x for x in (f.read_text("utf-8") for f in files) if "check_manifold(" in x)
+    classes = [getattr(manifold_merge, name) for name in manifold_merge.__all__]
+    manifolds = {x.__name__ for x in classes if inspect.isclass(x)
+                 and issubclass(x, geoopt.Manifold) and not inspect.isabstract(x)}  # fmt: skip
+    assert len(manifolds) >= 7
+    assert not {name for name in manifolds if f"{name}(" not in text}
 
 
 @cases((2,), of={name: case for name, case in GEOOPT.items() if case.defects})
