@@ -73,5 +73,11 @@ def _statistics(results: Path) -> list[list[str]]:
 
 
 def _refined(results: Path) -> list[list[str]]:
-    found = [_load(results, f"refined_{s}") for s in SETS]
-    return [["`refine`", "16", *(_cell(d["mean"], d["standard_error"]) for d in found)]]
+    cells = []
+    for name in SETS:
+        files = sorted(results.glob(f"refined_{name}*.json"))  # one for each seed
+        runs = [_load(results, file.stem) for file in files]
+        mean, error = (sum(x[key] for x in runs) / len(runs) for key in ("mean", "standard_error"))
+        each = ", ".join(f"{100 * x['mean']:.1f}" for x in runs)
+        cells.append(_cell(mean, error) + (f" (seeds: {each})" if len(runs) > 1 else ""))
+    return [["`refine`", "16", *cells]]

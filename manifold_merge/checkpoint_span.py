@@ -29,7 +29,7 @@ def stacked_gram_of(parts: Iterable[Tensor]) -> Tensor:
     gram: Tensor | None = None
     for part in parts:
         part[1:] -= part[0]
-        product = (part @ part.mT).double().cpu()
+        product = (part @ part.mT).cpu().double()
         gram = product if gram is None else gram + product
     if gram is None:
         raise ValueError("parts is empty; give at least one part of the vectors")

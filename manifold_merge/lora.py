@@ -425,12 +425,18 @@ class LoRAQuotient(FactorPairs):
             points ``(..., K_B + K_A, r)`` back to ``(..., m + n, r)``.
 
         Raises:
-            ValueError: If the rank is not between 1 and min(m, n).
+            ValueError: If the rank is not between 1 and min(m, n), or greater than Σ r_i.
         """
         width = max(x.shape[-1] for x in points)
         limit = min(self.out_features, self.in_features)
         if rank is not None and not 1 <= rank <= limit:
             raise ValueError(f"rank: expected 1 <= rank <= {limit} = min(m, n), got {rank}")
+        total = sum(x.shape[-1] for x in points)
+        if rank is not None and rank > total:
+            raise ValueError(
+                f"rank: the mean lies in the span of its anchors, whose ranks add up to {total}; "
+                f"got {rank}, expected at most {total}"
+            )
         pairs = [self._split(x) for x in points]
         b, a, rows, columns = reduce_pairs(pairs, max(width, rank or 0))
         reduced = LoRAQuotient(rows.dimension, columns.dimension, self.metric, self.distance)

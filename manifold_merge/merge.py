@@ -103,7 +103,7 @@ def merge_adapters(
         extras: ``"mean"`` averages biases and fully trained modules; ``"drop"`` leaves them out.
         allow_different_base: Accept adapters that name different base models.
         dtype: Type of the written tensors; the widest of the inputs if ``None``.
-        device: Where to compute; CPU if ``None``.
+        device: Where to compute; CPU if ``None``. On MPS, which has no float64, in float32.
         overwrite: Replace an existing adapter folder.
         gauge_check: Merge again from random gauges of each adapter and report the difference.
         max_bytes: Bytes of factors worked on at a time; more is faster on small modules.

@@ -45,7 +45,7 @@ def mean_of_extras(
         values, weights = [], []
         for adapter, weight in zip(adapters, weights_of(name), strict=True):
             if name in adapter.extras:
-                values.append(adapter.extra(name, device=device).double().cpu())
+                values.append(adapter.extra(name, device=device).cpu().double())
             elif missing == "zero":
                 values.append(torch.zeros(extra.shape, dtype=torch.float64))
             else:
@@ -81,7 +81,7 @@ def least_cosine(
         manifold = LoRAQuotient(group.out_features, group.in_features)
         having = [points(adapters[i], group, [name], manifold) for i in present]
         index = torch.tensor(present)
-        gram[index[:, None], index] += pairwise_inner(manifold, having)[..., 0].double().cpu()
+        gram[index[:, None], index] += pairwise_inner(manifold, having)[..., 0].cpu().double()
     for adapter in adapters:
         adapter.release()
     norms = gram.diagonal().clamp(min=0).sqrt()

@@ -245,10 +245,10 @@ class MergePlan:
             points.append(torch.zeros_like(points[0]))
             used.append(builtins.sum(absent))
             who.append([i for i in range(len(weights)) if i not in present])
-        limit = min(m, n)
+        limit = min(m, n, builtins.sum(group.ranks))  # a mean lies in the span of its anchors
         rank: int | None = None if isinstance(self.rank, str) else self.rank
         if self.rank == "full":
-            rank = min(builtins.sum(group.ranks), limit)
+            rank = limit
         rank = None if rank is None else min(rank, limit)
         fisher: Callable[[list[Tensor]], FrechetSolution] | None = None
         if self.metrics is not None:
@@ -316,6 +316,7 @@ class MergePlan:
     ) -> Tensor:
         stored = [adapter.modules[name].dtype for name in names]
         dtype = functools.reduce(torch.promote_types, stored, torch.float32)
+        dtype = torch.float32 if self.device.type == "mps" else dtype  # which has no float64
         m, rank = group.out_features, adapter.modules[names[0]].rank
         stacked = torch.empty(
             len(names), m + group.in_features, rank, dtype=dtype, device=self.device

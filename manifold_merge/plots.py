@@ -456,7 +456,7 @@ def _named_points(
 def _distances(space: Any, rows: Tensor, columns: Tensor) -> Tensor:
     """Table of distances, ``(rows, columns)``."""
     size = len(rows), len(columns), *rows.shape[1:]
-    return space.dist(rows[:, None].expand(size), columns[None].expand(size)).double().cpu()
+    return space.dist(rows[:, None].expand(size), columns[None].expand(size)).cpu().double()
 
 
 def _scaling(squared: Tensor) -> tuple[Any, list[float]]:

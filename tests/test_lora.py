@@ -27,7 +27,7 @@ from lora_oracles import (
 )
 from torch import Tensor
 
-from manifold_merge import LoRAQuotient
+from manifold_merge import LoRAQuotient, frechet_mean
 from manifold_merge.checks import check_manifold
 
 FLOAT64 = torch.float64
@@ -494,3 +494,11 @@ def test_state_dict_through_a_file():
     other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other.point, layer.point)
     assert isinstance(other.point, geoopt.ManifoldParameter)
+
+
+def test_a_mean_has_no_rank_beyond_the_span_of_its_anchors():
+    points = [draw(4, 4, 1, seed=i) for i in range(3)]
+    manifold = LoRAQuotient(4, 4, "embedded", "chordal")
+    with pytest.raises(ValueError, match="ranks add up to 3; got 4, expected at most 3"):
+        frechet_mean(manifold, points, rank=4)
+    assert frechet_mean(manifold, points, rank=3).point.shape == (8, 3)

@@ -142,6 +142,26 @@ def test_ranks_of_different_adapters(tmp_path, rank, expected):
     assert merged.modules["layer.1.query"][0].shape[-1] == expected
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"geometry": "lifted"},
+        {"geometry": "embedded", "distance": "chordal"},
+        {"geometry": "embedded", "distance": "chordal", "p": 1},
+        {"geometry": "mixed", "distance": "chordal"},
+        {"sum": True},
+    ],
+    ids=str,
+)
+def test_a_rank_above_all_ranks_together_is_cut(tmp_path, options):
+    paths = [adapter(tmp_path / "a", seed=0), adapter(tmp_path / "b", seed=1)]
+    merged = merge_adapters(paths, rank=7, **options)  # 3 + 3, and 2 + 2 for layer.10.up
+    full = merge_adapters(paths, rank="full", **options)
+    assert merged.modules["layer.10.up"][0].shape[-1] == 4
+    for name, w in products(merged).items():
+        torch.testing.assert_close(w, products(full)[name])
+
+
 def test_sum_is_the_plain_sum(tmp_path):
     paths = [adapter(tmp_path / "a"), adapter(tmp_path / "b", OTHER_RANKS, seed=1)]
     merged = merge_adapters(paths, weights=[1, -0.5], sum=True, rank="full")
