@@ -11,12 +11,15 @@ from manifold_merge.batch_norm import reestimate_batch_norm, repair
 from manifold_merge.checkpoint_align import ModelAlignment, align_models
 from manifold_merge.checkpoint_merge import ModelMerge, merge_models
 from manifold_merge.checkpoints import Checkpoint
+from manifold_merge.client_update import UpdateError
+from manifold_merge.federated import UpdateMerge, merge_updates
 from manifold_merge.fisher import FisherEuclidean, FisherLoRAQuotient, KroneckerFisher
 from manifold_merge.frechet import frechet_mean
 from manifold_merge.lift import lifted_mean
 from manifold_merge.lora import LoRAQuotient
 from manifold_merge.lora_groups import param_groups
 from manifold_merge.merge import AdapterMerge, merge_adapters
+from manifold_merge.mergekit_merge import merge_mergekit
 from manifold_merge.network_align import Alignment, align
 from manifold_merge.network_merge import NetworkMerge, merge_networks
 from manifold_merge.network_quotient import NetworkQuotient
@@ -66,6 +69,8 @@ __all__ = [
     "Status",
     "SymmetryElement",
     "SymmetryError",
+    "UpdateError",
+    "UpdateMerge",
     "__version__",
     "activation_scores",
     "add_frechet_adapter",
@@ -75,8 +80,10 @@ __all__ = [
     "frechet_mean",
     "lifted_mean",
     "merge_adapters",
+    "merge_mergekit",
     "merge_models",
     "merge_networks",
+    "merge_updates",
     "param_groups",
     "prove",
     "reestimate_batch_norm",

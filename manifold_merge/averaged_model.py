@@ -14,6 +14,7 @@ from manifold_merge.accurate import accurate
 from manifold_merge.lora import LoRAQuotient
 from manifold_merge.lora_groups import as_matrices, lora_pairs
 from manifold_merge.optim import frechet_step
+from manifold_merge.sharded import refuse_sharded
 
 __all__ = ["FrechetAveragedModel"]
 
@@ -30,6 +31,9 @@ class FrechetAveragedModel(AveragedModel):
     The fraction of the geodesic is what ``avg_fn`` or ``multi_avg_fn`` does to numbers: 1/(n + 1)
     by default, which makes the inductive mean, or 1 - decay with torch's
     ``get_ema_multi_avg_fn(decay)``.
+
+    With FSDP2, make this first and call ``fully_shard`` on ``module`` after: sharded parameters
+    are averaged part by part. LoRA pairs have to be whole.
 
     Args:
         model: The model; its copy becomes ``module``.
@@ -99,6 +103,8 @@ class FrechetAveragedModel(AveragedModel):
         batches: dict[Any, list[tuple[str, str]]] = {}
         for name_b, name_a in lora_pairs(averaged):
             b, a = averaged[name_b], averaged[name_a]
+            for name, factor in ((name_b, b), (name_a, a)):
+                refuse_sharded(name, factor, "LoRAQuotient")
             batches.setdefault((b.shape, a.shape, b.dtype, b.device), []).append((name_b, name_a))
         for names in batches.values():
             b, a = as_matrices(averaged[names[0][0]], averaged[names[0][1]])
@@ -111,9 +117,10 @@ class FrechetAveragedModel(AveragedModel):
             new_b, new_a = manifold.unpack(new)
             for i, (name_b, name_a) in enumerate(names):
                 out += [(averaged[name_b], new_b[i]), (averaged[name_a], new_a[i])]
-        for (_, parameter), now in zip(averaged.items(), model.parameters(), strict=True):
+        for (name, parameter), now in zip(averaged.items(), model.parameters(), strict=True):
             own = getattr(now, "manifold", None)
             if isinstance(own, geoopt.Manifold) and not isinstance(own, geoopt.Euclidean):
+                refuse_sharded(name, parameter, own)
                 x, y = (_wide(p, parameter)[None] for p in (parameter, now))
                 out.append((parameter, frechet_step(accurate(own), x, y[None], None, fraction)[0]))
         return out

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from manifold_merge._version import __version__
 from manifold_merge.accurate import weighted_sum
+from manifold_merge.checkpoint_parts import DEFAULT_BUDGET, PartReader
 from manifold_merge.checkpoint_span import core_coefficients, stacked_gram_of
 from manifold_merge.checkpoint_symmetry import checkpoint_symmetry, read_state
 from manifold_merge.checkpoint_writer import CheckpointWriter
@@ -40,8 +43,6 @@ logger = logging.getLogger(__name__)
 
 MODEL_GEOMETRIES = ("euclidean", "sphere", "fisher", "permutation")
 SCOPES = ("tensor", "model")
-# Entries worked on at a time: all anchors' parts stay in the cache of a core, or fill a GPU.
-CHUNK, CHUNK_GPU = 2**17, 2**25
 
 Path_ = str | os.PathLike[str]
 
@@ -81,6 +82,7 @@ def merge_models(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     max_shard_size: int | None = None,
+    max_bytes: int | None = None,
     allow_different_config: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -115,6 +117,8 @@ def merge_models(
         dtype: Type of the written tensors; that of the first model, tensor by tensor, if ``None``.
         device: Where to compute; CPU if ``None``.
         max_shard_size: Bytes of tensors in one file; the shards of the first model if ``None``.
+        max_bytes: Bytes of the inputs that are in memory at a time, read from mapped files or
+            worked on, above what Python and torch take; 1 GiB if ``None``.
         allow_different_config: Accept configurations that differ in what a model computes.
         overwrite: Replace an existing folder that holds a merged model.
         progress: Called with the number of entries done and in all.
@@ -150,6 +154,7 @@ def merge_models(
     plan = _Plan.make(
         opened, weights, dict(layer_weights or {}), geometry=geometry, scope=scope,
         statistics=statistics, damping=damping, p=p, dtype=dtype, device=device,
+        max_bytes=max_bytes,
     )  # fmt: skip
     check_same_architecture(opened, allow_different_config=allow_different_config)
     plan.check_statistics()
@@ -165,6 +170,12 @@ def merge_models(
     return ModelMerge(
         writer.path, plan.recipe, len(opened[0].tensors) - len(plan.copied), plan.copied, resumed
     )
+
+
+@functools.cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A shell pattern; a recipe may have hundreds, more than fnmatch remembers."""
+    return re.compile(fnmatch.translate(pattern))
 
 
 def _card(recipe: Mapping[str, Any]) -> str:
@@ -195,6 +206,7 @@ class _Plan:
     dtype: torch.dtype | None
     device: torch.device
     diagonals: list[DiagonalFile] | None
+    reader: PartReader
     symmetry: NetworkSymmetry | None = None
     whole: Tensor | None = None
     state: dict[str, Tensor] | None = None
@@ -205,6 +217,7 @@ class _Plan:
         models: list[Checkpoint],
         weights: Sequence[float] | None,
         layer_weights: dict[str, Sequence[float]],
+        max_bytes: int | None = None,
         **options: Any,
     ) -> _Plan:
         geometry, scope, p = (options[key] for key in ("geometry", "scope", "p"))
@@ -220,6 +233,10 @@ class _Plan:
             raise ValueError(
                 "layer_weights and scope: with geometry='permutation' the whole network is one "
                 "point with one weight; leave them out"
+            )
+        if geometry == "permutation" and max_bytes is not None:
+            raise ValueError(
+                "max_bytes: geometry='permutation' holds all models in memory; leave it out"
             )
         if geometry == "fisher" and p == 1:
             raise ValueError("p=1: geometry='fisher' has a mean only; use geometry='euclidean'")
@@ -255,9 +272,10 @@ class _Plan:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r}: no CUDA device is available here")
         diagonals = None if statistics is None else [DiagonalFile(x) for x in statistics]
+        reader = PartReader(models, diagonals or [], device, max_bytes or DEFAULT_BUDGET)
         return cls(
             models, normalised("weights", weights), patterns, device=device, diagonals=diagonals,
-            **options,
+            reader=reader, **options,
         )  # fmt: skip
 
     def check_statistics(self) -> None:
@@ -298,49 +316,37 @@ class _Plan:
         if self.state is not None:
             yield self.state[entry.name].reshape(-1)
             return
-        stored = [model.read(entry.name).reshape(-1) for model in self.models]
         if not entry.dtype.is_floating_point:
-            yield self._equal(entry, stored)
+            yield self._equal(entry)
             return
         weights = torch.tensor(self.weights_of(entry.name), dtype=torch.float64)
-        fishers: list[Tensor] | None = None
         floors: list[float] = []
         if self.diagonals is not None and entry.name in self.diagonals[0].shapes:
-            fishers = [file.read(entry.name).reshape(-1) for file in self.diagonals]
             floors = [self.damping * file.mean(entry.name) for file in self.diagonals]
         elif self.needs_gram:
             gram = self.whole
             if gram is None:
-                gram = stacked_gram_of(self._parts(stored))
-            if not all_finite(gram):
-                raise self._bad_values(entry, stored)
+                gram = self._gram(entry)
             # One number has a sign and no direction that could be averaged.
             single = entry.numel == 1 and self.whole is None
             geometry = "euclidean" if single else self.geometry
             weights = core_coefficients(gram, weights, geometry, self.p)
-        for number, part in enumerate(self._parts(stored)):
-            if fishers is None:
-                mean = weighted_sum(weights.to(part), part)
+        for part, fishers in self.reader.parts(entry.name, fisher=bool(floors)):
+            if fishers:
+                shares = self._shares(entry.name, fishers, weights, floors, part)
+                mean = mean_by_shares(part, shares)
             else:
-                at = slice(number * self.chunk, number * self.chunk + part.shape[1])
-                own = [f[at] for f in fishers]
-                mean = mean_by_shares(part, self._shares(entry.name, own, weights, floors, part))
+                mean = weighted_sum(weights.to(part), part)
             if not all_finite(mean):
-                raise self._bad_values(entry, stored)
+                raise self._bad_values(entry)
             yield mean
 
-    def _parts(self, stored: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Parts of all anchors in working precision, ``(k, entries)``, in one buffer."""
-        kind = torch.float32
-        for x in stored:
-            kind = torch.promote_types(kind, x.dtype) if x.dtype.itemsize > 1 else kind
-        size = stored[0].numel()
-        buffer = torch.empty(len(stored), min(self.chunk, size), dtype=kind, device=self.device)
-        for start in range(0, size, self.chunk):
-            part = buffer[:, : min(self.chunk, size - start)]
-            for x, place in zip(stored, part, strict=True):
-                place.copy_(x[start : start + self.chunk])
-            yield part
+    def _gram(self, entry: TensorEntry) -> Tensor:
+        """Inner products of the anchors' tensors, ``(k, k)``."""
+        gram = stacked_gram_of(part for part, _ in self.reader.parts(entry.name))
+        if not all_finite(gram):
+            raise self._bad_values(entry)
+        return gram
 
     def _shares(
         self, name: str, fishers: list[Tensor], weights: Tensor, floors: list[float], like: Tensor
@@ -371,7 +377,8 @@ class _Plan:
         path = self.diagonals[index].path if self.diagonals else ""
         return CheckpointError(f"{path}: the Fisher information of {name!r} {why}")
 
-    def _equal(self, entry: TensorEntry, stored: Sequence[Tensor]) -> Tensor:
+    def _equal(self, entry: TensorEntry) -> Tensor:
+        stored = [model.read(entry.name).reshape(-1) for model in self.models]
         counter = entry.name.endswith("num_batches_tracked")
         if not counter and not all(torch.equal(stored[0], x) for x in stored[1:]):
             raise CheckpointError(
@@ -380,20 +387,12 @@ class _Plan:
             )
         return stored[0]
 
-    def _bad_values(self, entry: TensorEntry, stored: Sequence[Tensor]) -> CheckpointError:
-        for model, x in zip(self.models, stored, strict=True):
-            model.check_finite(entry.name, x)
+    def _bad_values(self, entry: TensorEntry) -> CheckpointError:
+        for model in self.models:
+            model.check_finite(entry.name, model.read(entry.name))
         return CheckpointError(f"the mean of tensor {entry.name!r} is beyond float32")
 
     # --- all tensors -----------------------------------------------------------------------------
-
-    @property
-    def chunk(self) -> int:
-        """Entries worked on at a time."""
-        if self.device.type != "cpu":
-            return CHUNK_GPU
-        # Several threads have to be woken for each operation: it must be worth it.
-        return CHUNK if torch.get_num_threads() == 1 else 4 * CHUNK
 
     @property
     def needs_gram(self) -> bool:
@@ -409,11 +408,7 @@ class _Plan:
             return
         total = torch.zeros(len(self.models), len(self.models), dtype=torch.float64)
         for name in self._averaged:
-            stored = [model.read(name).reshape(-1) for model in self.models]
-            own = stacked_gram_of(self._parts(stored))
-            if not all_finite(own):
-                raise self._bad_values(self.models[0].tensors[name], stored)
-            total += own
+            total += self._gram(self.models[0].tensors[name])
         self.release()
         self.whole = total
 
@@ -431,7 +426,7 @@ class _Plan:
     def weights_of(self, name: str) -> list[float]:
         """Normalised weights of the models for one tensor."""
         for pattern, weights in self.layer_weights.items():
-            if fnmatch.fnmatchcase(name, pattern):
+            if _compiled(pattern).match(name):
                 return weights
         return self.weights
 
@@ -446,10 +441,7 @@ class _Plan:
 
     def release(self) -> None:
         """Let go of the files."""
-        for model in self.models:
-            model.release()
-        for file in self.diagonals or ():
-            file.release()
+        self.reader.release()
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from manifold_merge.checkpoints import (
@@ -101,26 +102,52 @@ class CheckpointWriter:
             wait_for_all()  # every process has seen the same files
             if len(finished) < len(self.shards) and begin is not None:
                 begin()
+            # With fewer shards than processes, all of them work on each shard.
+            together = len(self.shards) - len(finished) < world_size()
             for number, (shard, entries) in enumerate(self.shards.items()):
-                if shard in finished or number % world_size() != rank():
-                    done += sum(entry.numel for entry in entries)
+                mine = [] if shard in finished else entries
+                if together:
+                    mine = _share(mine)
+                elif number % world_size() != rank():
+                    mine = []
+                done += sum(entry.numel for entry in entries) - sum(x.numel for x in mine)
+                if not mine:
                     continue
-                partial = folder / f"{shard}.part"
-                with TensorFileWriter(partial, [entry.name for entry in entries]) as file:
-                    for entry in entries:
+                partial = folder / f"{shard}.part{rank() if together else ''}"
+                with TensorFileWriter(partial, [entry.name for entry in mine]) as file:
+                    for entry in mine:
                         kind = self.type_of(entry)
                         file.write_parts(entry.name, kind, entry.shape, parts_of(entry))
                         done += entry.numel
                         if progress is not None:
                             progress(done, total)
-                partial.rename(folder / shard)
+                if not together:
+                    partial.rename(folder / shard)
                 if release is not None:
                     release()
             wait_for_all()  # every shard is written
             if rank() == 0:
+                if together:
+                    self._join(folder, finished)
                 self._write_rest(folder, card)
         wait_for_all()  # the output is there when any process returns
         return len(finished)
+
+    def _join(self, folder: Path, finished: set[str]) -> None:
+        """Make shards of the parts that the processes have written, as one would have."""
+        for shard, entries in self.shards.items():
+            if shard in finished:
+                continue
+            parts = [folder / f"{shard}.part{number}" for number in range(world_size())]
+            places = {entry.name: part for part, mine in zip(parts, _shares(entries), strict=True)
+                      for entry in mine}  # fmt: skip
+            partial = folder / f"{shard}.part"
+            with TensorFileWriter(partial, [entry.name for entry in entries]) as file:
+                for entry in entries:
+                    # Opened for each tensor: what was read of a mapped file counts as memory.
+                    with safe_open(places[entry.name], framework="pt") as part:
+                        file.write(entry.name, part.get_tensor(entry.name))
+            partial.rename(folder / shard)
 
     @contextlib.contextmanager
     def _folder(self, fingerprint: str) -> Iterator[Path]:
@@ -146,6 +173,8 @@ class CheckpointWriter:
         return entry.dtype
 
     def _write_rest(self, folder: Path, card: str) -> None:
+        for left in folder.glob("*.part*"):  # of this run, or of one with more processes
+            left.unlink()
         for name in self._carried:
             shutil.copyfile(self.like.folder / name, folder / name)
         if self.dtype is not None and CONFIG_NAME in self._carried:
@@ -160,6 +189,22 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
             (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         (folder / _CARD).write_text(card, "utf-8")
+
+
+def _shares(entries: Sequence[TensorEntry]) -> list[list[TensorEntry]]:
+    """Tensors of one shard for each process, of about the same size together."""
+    shares: list[list[TensorEntry]] = [[] for _ in range(world_size())]
+    sizes = [0] * len(shares)
+    for entry in entries:
+        least = sizes.index(min(sizes))
+        shares[least].append(entry)
+        sizes[least] += entry.numel
+    return shares
+
+
+def _share(entries: Sequence[TensorEntry]) -> list[TensorEntry]:
+    """The tensors of this process."""
+    return _shares(entries)[rank()]
 
 
 def _shards(

@@ -13,6 +13,7 @@ import typer
 
 from manifold_merge._version import __version__
 from manifold_merge.cli_calibrate import calibrate
+from manifold_merge.cli_mergekit import mergekit
 from manifold_merge.cli_models import align, models
 from manifold_merge.cli_options import (
     Debug,
@@ -285,6 +286,7 @@ def adapters(
 
 app.command()(calibrate)
 app.command()(models)
+app.command()(mergekit)
 app.command()(align)
 
 

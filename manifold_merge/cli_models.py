@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,7 +21,10 @@ from manifold_merge.cli_options import (
 )
 from manifold_merge.cli_session import Session, session
 
-__all__ = ["align", "models"]
+if TYPE_CHECKING:
+    from manifold_merge.checkpoint_merge import ModelMerge
+
+__all__ = ["align", "models", "show_merge"]
 
 
 class ModelGeometry(StrEnum):
@@ -116,6 +119,13 @@ def models(
             help="Bytes in one file, such as 5GB. Default: the shards of the first model.",
         ),
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes of the models in memory at a time, such as 512MB. Default: 1GiB.",
+        ),
+    ] = None,
     allow_different_config: Annotated[
         bool,
         typer.Option(
@@ -144,7 +154,14 @@ def models(
             "max_shard_size": None
             if max_shard_size is None
             else parse_bytes("--max-shard-size", max_shard_size),
+            "max_bytes": None if max_memory is None else parse_bytes("--max-memory", max_memory),
         }
+        for folder in folders:
+            if folder.suffix in (".yml", ".yaml"):
+                raise ValueError(
+                    f"{folder} is no folder of a model; a recipe of mergekit is run by "
+                    f"manifold-merge mergekit {folder} --output {output}"
+                )
         import torch
 
         from manifold_merge.checkpoint_merge import merge_models
@@ -170,18 +187,7 @@ def models(
         except KeyboardInterrupt:
             shell.warn("what is done is kept; run the same command again to go on")
             raise
-        files = sorted(merged.output.glob("*.safetensors"))
-        result = {
-            "output": str(merged.output),
-            "recipe": merged.recipe,
-            "tensors": merged.tensors,
-            "copied": len(merged.copied),
-            "shards": len(files),
-            "resumed": merged.resumed,
-            "bytes": sum(file.stat().st_size for file in files),
-            "seconds": time.perf_counter() - start,
-        }
-        shell.result("models", result, lambda: _show(shell, result))
+        show_merge(shell, "models", merged, time.perf_counter() - start)
 
 
 class Method(StrEnum):
@@ -264,6 +270,22 @@ def _show_alignment(shell: Session, result: dict[str, Any]) -> None:
         }
     )
     shell.line(f"Wrote {result['output']}")
+
+
+def show_merge(shell: Session, command: str, merged: ModelMerge, seconds: float) -> None:
+    """Print what a merge of models has written."""
+    files = sorted(merged.output.glob("*.safetensors"))
+    result = {
+        "output": str(merged.output),
+        "recipe": merged.recipe,
+        "tensors": merged.tensors,
+        "copied": len(merged.copied),
+        "shards": len(files),
+        "resumed": merged.resumed,
+        "bytes": sum(file.stat().st_size for file in files),
+        "seconds": seconds,
+    }
+    shell.result(command, result, lambda: _show(shell, result))
 
 
 def _show(shell: Session, result: dict[str, Any]) -> None:

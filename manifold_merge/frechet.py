@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import geoopt
 import torch
 from torch import Tensor
 
 from manifold_merge.accurate import accurate, has_logmap
+from manifold_merge.anchors import checked_points, normalized_weights
+from manifold_merge.collective import collective_mean
 from manifold_merge.fisher import ConstantMetric
 from manifold_merge.fisher_mean import mean_with_metrics
 from manifold_merge.implicit import differentiable
-from manifold_merge.linalg import all_finite
 from manifold_merge.newton import has_newton
 from manifold_merge.quotient import QuotientManifold
+from manifold_merge.sharded import is_sharded, sharded_mean
 from manifold_merge.solution import FrechetSolution, Status
 from manifold_merge.solver_dispatch import (
     Solver,
@@ -28,58 +30,12 @@ from manifold_merge.solver_dispatch import (
 )
 from manifold_merge.solvers import Problem, closed_form_of
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 __all__ = ["FrechetSolution", "Status", "frechet_mean", "normalized_weights"]
 
 logger = logging.getLogger(__name__)
-
-
-def normalized_weights(
-    weights: Sequence[float] | Tensor | None,
-    count: int,
-    *,
-    like: Tensor,
-    negative: bool = False,
-) -> Tensor:
-    """Check weights and divide them by their sum.
-
-    Args:
-        weights: One weight for each anchor, ``(k,)``, or for each anchor and batch element,
-            ``(k, ...)``; equal weights if ``None``.
-        count: Number of anchors k.
-        like: Tensor whose dtype and device the result takes.
-        negative: Whether negative weights are allowed; the sum has to be positive all the same.
-
-    Returns:
-        Weights ``(k, ...)`` with sum 1 over the anchors.
-
-    Raises:
-        ValueError: If the number is wrong, an entry is not finite or negative, or the sum is not
-            positive.
-
-    Example:
-        >>> import torch
-        >>> normalized_weights([2, 1, 1], 3, like=torch.zeros(1)).tolist()
-        [0.5, 0.25, 0.25]
-    """
-    if weights is None:
-        return torch.full((count,), 1 / count, dtype=like.dtype, device=like.device)
-    w = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
-    if w.ndim == 0 or w.shape[0] != count:
-        raise ValueError(f"weights: expected {count}, one for each anchor; got {tuple(w.shape)}")
-    if not bool(w.isfinite().all()):
-        raise ValueError(f"weights: expected finite numbers, got {w.tolist()}")
-    if not negative and bool((w < 0).any()):
-        raise ValueError(
-            f"weights: {w.tolist()} has a negative entry, for which Σ wᵢ d² need not have a "
-            "minimum; use a chordal distance, where it has one, or weights >= 0"
-        )
-    total = w.sum(0)
-    if not bool((total > 0).all()):
-        raise ValueError(
-            f"weights: the sum must be positive, got {w.tolist()}; a sum without normalisation "
-            "is not a mean"
-        )
-    return w / total
 
 
 @differentiable
@@ -98,6 +54,7 @@ def frechet_mean(
     max_iterations: int | None = None,
     gauge_check: bool = False,
     generator: torch.Generator | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> FrechetSolution:
     """Compute the weighted Fréchet mean (p = 2) or geometric median (p = 1) of points.
 
@@ -109,7 +66,9 @@ def frechet_mean(
         manifold: Any geoopt manifold with ``logmap``; the distance that is averaged is the
             manifold's own.
         points: Anchors, ``(k, ..., *point)``, or a sequence of k tensors ``(..., *point)``. On a
-            ``LoRAQuotient`` their ranks may differ.
+            ``LoRAQuotient`` their ranks may differ. DTensors, of which each process holds a part,
+            have means on ``geoopt.Euclidean``, medians with ``ndim=0``, and means with
+            ``FisherEuclidean`` metrics.
         weights: ``(k,)`` or ``(k, ...)``; normalised to sum 1. Equal if ``None``.
         solver: ``"auto"`` (the closed form where there is one, else ``"newton"`` where it is
             known, else ``"karcher"``), ``"closed_form"``, ``"newton"`` (spheres and positive
@@ -135,12 +94,18 @@ def frechet_mean(
             optimisers. An instance of a pymanopt optimiser has its own limit.
         gauge_check: Recompute the mean from random representatives and report the difference.
         generator: Source of randomness for ``gauge_check``.
+        process_group: Processes among which the anchors are spread, such as
+            ``torch.distributed.group.WORLD`` (``None`` before ``init_process_group``): each passes
+            its own ``points``, at least one, and their ``weights``, and receives the mean of all.
+            ``solver`` is then ``"auto"``, ``"karcher"``, or ``"closed_form"`` for weighted sums,
+            and ``metrics`` are ``FisherEuclidean``.
 
     Returns:
         The mean with objective, gradient norm, iterations, status and remedy.
 
     Raises:
         ValueError: If points, weights or options do not fit; the message says what was expected.
+            With ``process_group``, it is raised in every process and numbers the one at fault.
         NotImplementedError: If the manifold has no ``logmap`` and the mean no closed form.
 
     Source: Karcher (1977); merging as Fréchet averaging, arXiv:2604.27155.
@@ -157,7 +122,22 @@ def frechet_mean(
         2.5
         2.0
     """
-    anchors = _checked_points(manifold, points)
+    if process_group is not None:
+        result = collective_mean(
+            manifold, points, weights, process_group, solver=solver, p=p, metrics=metrics,
+            rank=rank, start=start, starts=starts, tolerance=tolerance,
+            max_iterations=max_iterations, gauge_check=gauge_check, generator=generator,
+        )  # fmt: skip
+        if not result.converged:
+            logger.warning("frechet_mean: %s", result.message)
+        return result
+    if is_sharded(points) or (not isinstance(points, Tensor) and any(map(is_sharded, points))):
+        return sharded_mean(
+            manifold, [*points], weights, frechet_mean, p=p, metrics=metrics, solver=solver,
+            rank=rank, start=start, starts=starts, tolerance=tolerance,
+            max_iterations=max_iterations, gauge_check=gauge_check,
+        )  # fmt: skip
+    anchors = checked_points(manifold, points)
     if metrics is not None:
         if start is not None:
             raise ValueError("start: means with metrics= need none; leave it out")
@@ -197,7 +177,8 @@ def frechet_mean(
     everything = anchors if start is None else [*anchors, start]
     space, stacked, restore = _reduced(manifold, everything, rank)
     # All batch dimensions become one, so that elements can stop on their own.
-    batch, point = stacked.shape[1 : stacked.ndim - manifold.ndim], stacked.shape[-manifold.ndim :]
+    inside = stacked.ndim - manifold.ndim
+    batch, point = stacked.shape[1:inside], stacked.shape[inside:]
     w = w.reshape((*w.shape, *(1,) * (len(batch) + 1 - w.ndim))).expand(len(anchors), *batch)
     flat = stacked.reshape(len(stacked), -1, *point)
     problem = Problem(
@@ -248,36 +229,6 @@ def frechet_mean(
     if not result.converged:
         logger.warning("frechet_mean: %s", result.message)
     return result
-
-
-def _checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(points, Tensor) and points.ndim:
-        anchors = list(points.detach().unbind())
-    else:
-        anchors = [torch.as_tensor(x).detach() for x in points]
-    if not anchors:
-        raise ValueError("points: at least one anchor is needed, got none")
-    dtypes = {x.dtype for x in anchors}
-    if len(dtypes) > 1 or not anchors[0].is_floating_point():
-        raise ValueError(f"points: one floating-point dtype is expected, got {dtypes}")
-    if anchors[0].dtype in (torch.float16, torch.bfloat16):
-        raise ValueError(
-            f"points: {anchors[0].dtype} has too few digits for a mean; convert the anchors to "
-            "float32 or float64 and the result back"
-        )
-    batches = {tuple(x.shape[: x.ndim - manifold.ndim]) for x in anchors}
-    if len(batches) > 1:
-        raise ValueError(f"points: anchors have different batch shapes {sorted(batches)}")
-    whole = isinstance(points, Tensor) and all_finite(points)
-    for i, x in enumerate(anchors[:1] if whole else anchors):  # slices of one tensor are alike
-        try:
-            manifold.assert_check_point(x)
-        except ValueError as error:
-            raise ValueError(f"points[{i}]: {error}") from error
-        if not all_finite(x):
-            bad = int((~x.isfinite()).sum())
-            raise ValueError(f"points[{i}]: {bad} entries are NaN or infinite; repair that anchor")
-    return anchors
 
 
 def _reduced(

@@ -59,6 +59,11 @@ def differentiable(function: Callable[P, FrechetSolution]) -> Callable[P, Freche
         wanted = any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
         if not (wanted and torch.is_grad_enabled()):
             return result
+        if given.get("process_group") is not None:
+            raise NotImplementedError(
+                "process_group=: no gradient through means over processes; call frechet_mean under "
+                "torch.no_grad(), or detach the points"
+            )
         if given.get("metrics") is not None or given.get("rank") is not None:
             raise NotImplementedError(
                 "metrics=, rank=: no gradient through means in metrics of their anchors or of "

@@ -16,6 +16,7 @@ from manifold_merge.frechet import normalized_weights
 from manifold_merge.linalg import all_finite
 from manifold_merge.lora import LoRAQuotient
 from manifold_merge.lora_groups import as_matrices, clean_name
+from manifold_merge.sharded import local_part, refuse_sharded, total_over_mesh
 from manifold_merge.solvers import Problem
 
 __all__ = ["FrechetMean", "frechet_step"]
@@ -34,9 +35,9 @@ class _Point:
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """The point in a dtype that has enough digits."""
+        parts = (local_part(t.detach(), p) for t, p in zip(tensors, self.params, strict=True))
         wide = [
-            t.detach().to(self.params[0].device, torch.promote_types(t.dtype, torch.float32))
-            for t in tensors
+            t.to(self.params[0].device, torch.promote_types(t.dtype, torch.float32)) for t in parts
         ]
         if len(wide) == 1:
             return wide[0].as_subclass(Tensor)
@@ -48,7 +49,8 @@ class _Point:
         """Store a point in the parameters, in their dtype and shape."""
         parts = (x,) if len(self.params) == 1 else self.manifold.unpack(x)
         for p, part in zip(self.params, parts, strict=True):
-            p.copy_(part.reshape(p.shape))
+            local = local_part(p.detach(), p)
+            local.copy_(part.reshape(local.shape))
 
     def key(self, x: Tensor, anchors: Tensor) -> tuple[Any, ...]:
         """Points with one key are moved together as a batch."""
@@ -72,7 +74,8 @@ class FrechetMean(torch.optim.Optimizer):
             ``{"params": [B, A], "manifold": LoRAQuotient(m, n)}`` is one point made of several
             parameters; :func:`manifold_merge.param_groups` writes such groups for the LoRA pairs of
             a model. A ``geoopt.ManifoldParameter`` brings its manifold along. All other parameters
-            are Euclidean. float16 and bfloat16 parameters are moved with float32 arithmetic.
+            are Euclidean. Of DTensors, as FSDP2 makes them, each process moves its part; they are
+            Euclidean only. float16 and bfloat16 parameters are moved with float32 arithmetic.
         anchors: What to average: modules (their parameters at each step, so that anchors may
             train along), state dicts, or sequences of tensors in the order of the parameters. For
             modules and state dicts the parameters need names. A group may bring its own
@@ -177,6 +180,8 @@ class FrechetMean(torch.optim.Optimizer):
         for point in points:
             if point.manifold is None:
                 continue
+            for p in point.params:
+                refuse_sharded(point.label, p, point.manifold)
             point.manifold = accurate(point.manifold)
             x = point.pack(point.params)
             ok, reason = point.manifold._check_shape(tuple(x.shape), "x")
@@ -372,7 +377,8 @@ def _euclidean_step(point: _Point, weights: Any, lr: float) -> Tensor:
     difference = anchors - x
     if lr != 0:
         point.write(x + lr * torch.tensordot(w, difference, 1))
-    return (w * difference.square().flatten(1).sum(1)).sum()
+    squared = total_over_mesh(difference.square().flatten(1).sum(1), point.params[0])
+    return (w * squared).sum()
 
 
 def _stack(points: list[Tensor]) -> Tensor:

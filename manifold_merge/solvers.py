@@ -96,24 +96,37 @@ class Problem:
         weights = self.weights if rows is None else self.weights[:, rows]
         floor = self.floor if rows is None else self.floor[rows]
         squared, logs = self._dist2_logs(x, rows, guess, precise)
-        scale = (weights.abs() * squared.clamp(min=0)).sum(0).sqrt()
+        spread = (weights.abs() * squared.clamp(min=0)).sum(0)
         if self.p == 2:
-            direction = weighted_sum(weights, logs)
-            objective = (weights * squared).sum(0)
+            direction, objective, spread = self._total(
+                weighted_sum(weights, logs), (weights * squared).sum(0), spread
+            )
+            scale = spread.sqrt()
             size, one = norm(self.manifold, x, direction), torch.ones_like(objective)
             return _State(x, objective, size, direction, scale, logs.movedim(0, 1), one, floor)
         distances = squared.clamp(min=0).sqrt()
-        pull, here = _median_pull(weights, distances)
-        direction = weighted_sum(pull, logs)
+        pull, here = _median_pull(weights, distances, self._greatest(distances))
         # An anchor at x balances any pull up to its own weight (Kuhn 1973).
-        balanced = (weights * here).sum(0)
+        direction, balanced, total, objective, spread = self._total(
+            weighted_sum(pull, logs), (weights * here).sum(0), pull.sum(0),
+            (weights * distances).sum(0), spread,
+        )  # fmt: skip
+        scale = spread.sqrt()
         excess = (norm(self.manifold, x, direction) - balanced).clamp(min=0)
-        total = pull.sum(0)
         direction = direction / _spread(torch.where(total > 0, total, 1.0), direction)
         # The median's gradient has no unit; scaling makes it comparable with that of the mean.
-        objective = (weights * distances).sum(0)
         logs = logs.movedim(0, 1)
         return _State(x, objective, excess * scale, direction, scale, logs, total, floor)
+
+    # The anchors may be spread over processes: whatever is summed over them goes through these two.
+
+    def _total(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Sums over all anchors, from those over the anchors here."""
+        return sums
+
+    def _greatest(self, values: Tensor) -> Tensor:
+        """Maximum over all anchors, ``(...)``, of values of the anchors here, ``(k, ...)``."""
+        return values.amax(0)
 
     def cost(self, state: _State) -> Tensor:
         """½ Σ wᵢ dᵢ² or Σ wᵢ dᵢ, whose gradient is ``-stiffness * direction``."""
@@ -161,7 +174,8 @@ class Problem:
             status = torch.full_like(count, Status.MAX_ITERATIONS)
             for _ in range(self.max_iterations):
                 squared, _ = self._dist2_logs(mean)
-                pull, _ = _median_pull(self.weights, squared.clamp(min=0).sqrt())
+                distances = squared.clamp(min=0).sqrt()
+                pull, _ = _median_pull(self.weights, distances, distances.amax(0))
                 total = pull.sum(0)
                 # At an anchor that outweighs the others' pull, a step without it would lead away.
                 status = torch.where(self.stationary(self.evaluate(mean)), Status.CONVERGED, status)
@@ -275,11 +289,6 @@ class Problem:
     def solution(self, state: _State, count: Tensor, status: Tensor) -> FrechetSolution:
         """The certificate of an iterate."""
         status = torch.where(self._beyond_cut(state), Status.STALLED, status)
-        paths: dict[str, int] = {}
-        if hasattr(self.manifold, "log_path"):
-            stacked = state.point.expand(len(self.points), *state.point.shape)
-            codes = self.manifold.log_path(stacked, self.points)
-            paths = {name: int((codes == c).sum()) for c, name in self.manifold.path_names.items()}
         return FrechetSolution(
             point=state.point,
             objective=state.objective,
@@ -288,8 +297,16 @@ class Problem:
             status=status,
             weights=self.weights,
             solver="",
-            paths=paths,
+            paths=self._paths(state),
         )
+
+    def _paths(self, state: _State) -> dict[str, int]:
+        """How many logarithms were found in which way."""
+        if not hasattr(self.manifold, "log_path"):
+            return {}
+        stacked = state.point.expand(len(self.points), *state.point.shape)
+        codes = self.manifold.log_path(stacked, self.points)
+        return {name: int((codes == c).sum()) for c, name in self.manifold.path_names.items()}
 
     def _beyond_cut(self, state: _State) -> Tensor:
         """Where an anchor is so far from the iterate that no logarithm is as long as its distance.
@@ -298,13 +315,18 @@ class Problem:
         """
         if isinstance(self.manifold, QuotientManifold) or not has_logmap(self.manifold):
             return torch.zeros_like(state.objective, dtype=torch.bool)
-        squared = dist2_logmap(self.manifold, state.point[None], self.points)[0]
-        length = inner(self.manifold, state.point[None], state.logs.movedim(1, 0))
-        return ((squared - length).abs() > 1e-3 * squared.amax(0)).any(0)
+        squared, length = self._squares(state)
+        beyond = (squared - length).abs() > 1e-3 * self._greatest(squared)
+        return self._greatest(beyond.to(squared.dtype)) > 0
+
+    def _squares(self, state: _State) -> tuple[Tensor, Tensor]:
+        """Squared distances of the anchors here, and of their logarithms, ``(k, L)``."""
+        squared = self._dist2_logs(state.point)[0]
+        return squared, inner(self.manifold, state.point[None], state.logs.movedim(1, 0))
 
 
-def _median_pull(weights: Tensor, distances: Tensor) -> tuple[Tensor, Tensor]:
+def _median_pull(weights: Tensor, distances: Tensor, greatest: Tensor) -> tuple[Tensor, Tensor]:
     """Weiszfeld's weights wᵢ/dᵢ, and which anchors are at the iterate itself and left out."""
-    floor = 1e-9 * distances.amax(0).clamp(min=torch.finfo(distances.dtype).tiny)
+    floor = 1e-9 * greatest.clamp(min=torch.finfo(distances.dtype).tiny)
     here = distances <= floor
     return torch.where(here, 0.0, weights / distances.clamp(min=floor)), here

@@ -65,8 +65,10 @@ def test_adapters_over_two_processes(geometry: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_checkpoints_over_two_processes(tmp_path: Path) -> None:
-    folders = [write(tmp_path / f"m{i}", state(i), shards=3) for i in range(2)]
+@pytest.mark.parametrize("shards", [1, 3])
+def test_checkpoints_over_two_processes(shards: int, tmp_path: Path) -> None:
+    """Shards are dealt out; if there are fewer than processes, the tensors of each."""
+    folders = [write(tmp_path / f"m{i}", state(i), shards=shards) for i in range(2)]
     one = merge_models(folders, tmp_path / "one", geometry="sphere").output
     command = ["-m", "manifold_merge", "models", *folders, "--geometry", "sphere"]
     done = spread(2, [*command, "-o", tmp_path / "two"])
@@ -105,3 +107,30 @@ def test_a_lost_process_leaves_an_error_and_no_output(tmp_path: Path) -> None:
     assert "exitcode  : 9" in done.stderr or "process 1 of 2 ended before" in done.stderr
     assert not (tmp_path / "out").exists()
     assert time.monotonic() - begun < 120
+
+
+PART_LEFT = """
+import os
+from manifold_merge.tensor_file import TensorFileWriter
+write = TensorFileWriter.write_parts
+def lost(self, *arguments):
+    if os.environ["RANK"] == "1" and os.environ.get("LOST"):
+        os._exit(9)
+    write(self, *arguments)
+TensorFileWriter.write_parts = lost
+from manifold_merge.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_parts_of_a_lost_process_are_no_part_of_the_output(tmp_path: Path) -> None:
+    folders = [write(tmp_path / f"m{i}", state(i)) for i in range(2)]
+    script = tmp_path / "lost.py"
+    script.write_text(PART_LEFT)
+    command = [script, "models", *folders, "-o", tmp_path / "out"]
+    assert spread(2, command, PYTHONPATH=str(ROOT), LOST="1").returncode != 0
+    assert not (tmp_path / "out").exists()
+    one = merge_models(folders, tmp_path / "out").output  # goes on, alone
+    names = {file.name for file in one.iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "tokenizer.json"}

@@ -14,8 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import manifold_merge.checkpoint_merge as module
-from manifold_merge import FisherEuclidean, frechet_mean
+from manifold_merge import FisherEuclidean, checkpoint_parts, frechet_mean
 from manifold_merge.checkpoint_merge import merge_models
 from manifold_merge.checkpoint_span import core_coefficients
 from manifold_merge.checkpoints import Checkpoint, CheckpointError
@@ -66,7 +65,7 @@ def three(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts a tensor, the last one shorter."""
-    monkeypatch.setattr(module, "CHUNK", 37)
+    monkeypatch.setattr(checkpoint_parts, "CHUNK", 37)
 
 
 def flat(name: str) -> torch.Tensor:

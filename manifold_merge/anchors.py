@@ -1,0 +1,134 @@
+"""Anchors and weights of a mean, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import geoopt
+import torch
+from torch import Tensor
+
+from manifold_merge.linalg import all_finite
+
+__all__ = ["checked_points", "checked_weights", "normalized_weights"]
+
+
+def normalized_weights(
+    weights: Sequence[float] | Tensor | None,
+    count: int,
+    *,
+    like: Tensor,
+    negative: bool = False,
+) -> Tensor:
+    """Check weights and divide them by their sum.
+
+    Args:
+        weights: One weight for each anchor, ``(k,)``, or for each anchor and batch element,
+            ``(k, ...)``; equal weights if ``None``.
+        count: Number of anchors k.
+        like: Tensor whose dtype and device the result takes.
+        negative: Whether negative weights are allowed; the sum has to be positive all the same.
+
+    Returns:
+        Weights ``(k, ...)`` with sum 1 over the anchors.
+
+    Raises:
+        ValueError: If the number is wrong, an entry is not finite or negative, or the sum is not
+            positive.
+
+    Example:
+        >>> import torch
+        >>> normalized_weights([2, 1, 1], 3, like=torch.zeros(1)).tolist()
+        [0.5, 0.25, 0.25]
+    """
+    w = checked_weights(weights, count, like=like, negative=negative)
+    total = w.sum(0)
+    if not bool((total > 0).all()):
+        raise ValueError(
+            f"weights: the sum must be positive, got {w.tolist()}; a sum without normalisation "
+            "is not a mean"
+        )
+    return w / total
+
+
+def checked_weights(
+    weights: Sequence[float] | Tensor | None,
+    count: int,
+    *,
+    like: Tensor,
+    negative: bool = False,
+) -> Tensor:
+    """Check weights and leave their size.
+
+    Args:
+        weights: See :func:`normalized_weights`; ones if ``None``.
+        count: Number of anchors k.
+        like: Tensor whose dtype and device the result takes.
+        negative: Whether negative weights are allowed.
+
+    Returns:
+        Weights ``(k, ...)``.
+
+    Raises:
+        ValueError: If the number is wrong, or an entry is not finite or negative.
+
+    Example:
+        >>> checked_weights(None, 2, like=torch.zeros(1)).tolist()
+        [1.0, 1.0]
+    """
+    if weights is None:
+        return torch.ones(count, dtype=like.dtype, device=like.device)
+    w = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
+    if w.ndim == 0 or w.shape[0] != count:
+        raise ValueError(f"weights: expected {count}, one for each anchor; got {tuple(w.shape)}")
+    if not bool(w.isfinite().all()):
+        raise ValueError(f"weights: expected finite numbers, got {w.tolist()}")
+    if not negative and bool((w < 0).any()):
+        raise ValueError(
+            f"weights: {w.tolist()} has a negative entry, for which Σ wᵢ d² need not have a "
+            "minimum; use a chordal distance, where it has one, or weights >= 0"
+        )
+    return w
+
+
+def checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Anchors as a list of finite points of one batch shape and type, without gradients.
+
+    Args:
+        manifold: Where they live.
+        points: ``(k, ..., *point)``, or a sequence of k tensors ``(..., *point)``.
+
+    Raises:
+        ValueError: If there is none, or one is no point; the message numbers it.
+
+    Example:
+        >>> checked_points(geoopt.Sphere(), torch.eye(2))
+        [tensor([1., 0.]), tensor([0., 1.])]
+    """
+    if isinstance(points, Tensor) and points.ndim:
+        anchors = list(points.detach().unbind())
+    else:
+        anchors = [torch.as_tensor(x).detach() for x in points]
+    if not anchors:
+        raise ValueError("points: at least one anchor is needed, got none")
+    dtypes = {x.dtype for x in anchors}
+    if len(dtypes) > 1 or not anchors[0].is_floating_point():
+        raise ValueError(f"points: one floating-point dtype is expected, got {dtypes}")
+    if anchors[0].dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"points: {anchors[0].dtype} has too few digits for a mean; convert the anchors to "
+            "float32 or float64 and the result back"
+        )
+    batches = {tuple(x.shape[: x.ndim - manifold.ndim]) for x in anchors}
+    if len(batches) > 1:
+        raise ValueError(f"points: anchors have different batch shapes {sorted(batches)}")
+    whole = isinstance(points, Tensor) and all_finite(points)
+    for i, x in enumerate(anchors[:1] if whole else anchors):  # slices of one tensor are alike
+        try:
+            manifold.assert_check_point(x)
+        except ValueError as error:
+            raise ValueError(f"points[{i}]: {error}") from error
+        if not all_finite(x):
+            bad = int((~x.isfinite()).sum())
+            raise ValueError(f"points[{i}]: {bad} entries are NaN or infinite; repair that anchor")
+    return anchors
