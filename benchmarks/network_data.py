@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -30,12 +31,12 @@ def load_models(folder: Path) -> ModuleType:
     return module
 
 
-def mlp() -> nn.Sequential:
-    """64-256-256-256-10 with ReLU."""
-    widths = (64, 256, 256, 256, 10)
+def mlp(width: int = 256, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Three hidden layers of one width, 64 inputs and 10 outputs."""
+    widths = (64, width, width, width, 10)
     layers: list[nn.Module] = []
     for i, o in itertools.pairwise(widths):
-        layers += [nn.Linear(i, o), nn.ReLU()]
+        layers += [nn.Linear(i, o), activation()]
     return nn.Sequential(*layers[:-1])
 
 
@@ -53,29 +54,47 @@ def digits() -> Data:
     return x, y, x_test, y_test
 
 
-def digits_networks(cache: Path, data: Data, count: int = 10) -> list[State]:
-    """Digits networks of seeds 0 to ``count`` - 1, trained unless the cache holds them.
+def digits_networks(
+    cache: Path,
+    data: Data,
+    count: int = 10,
+    *,
+    first: int = 0,
+    make: Callable[[], nn.Module] = mlp,
+) -> list[State]:
+    """Digits networks of ``count`` seeds from ``first`` on, trained unless the cache holds them.
 
     Adam, rate 1e-3, batches of 64, 60 epochs, the order of the data from a generator of that seed.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    states = []
-    for seed in range(count):
-        file = cache / f"digits_{seed}.safetensors"
-        if not file.is_file():
-            save_file(_train(seed, data), file)
-        states.append(load_file(file))
-    return states
+    seeds = range(first, first + count)
+    return [_trained(cache / f"digits_{s}.safetensors", make, data, s, 64, 60) for s in seeds]
 
 
-def _train(seed: int, data: Data) -> State:
+def convolutional_networks(
+    cache: Path, make: Callable[[], nn.Module], data: Data, count: int, *, first: int
+) -> list[State]:
+    """Networks for images, trained like those for digits for 12 epochs in batches of 128."""
+    seeds = range(first, first + count)
+    return [_trained(cache / f"cnn_{s}.safetensors", make, data, s, 128, 12) for s in seeds]
+
+
+def _trained(
+    file: Path, make: Callable[[], nn.Module], data: Data, seed: int, batch: int, epochs: int
+) -> State:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not file.is_file():
+        save_file(_train(make, data, seed, batch, epochs), file)
+    return load_file(file)
+
+
+def _train(make: Callable[[], nn.Module], data: Data, seed: int, batch: int, epochs: int) -> State:
     x, y = data[:2]
     torch.manual_seed(seed)
-    model = mlp()
+    model = make().train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(60):
-        for rows in torch.randperm(len(x), generator=generator).split(64):
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=generator).split(batch):
             optimizer.zero_grad()
             functional.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
@@ -89,6 +108,14 @@ def accuracy(model: nn.Module, state: State, x: Tensor, y: Tensor) -> float:
     model.eval()
     found = torch.cat([model(rows).argmax(1) for rows in x.split(500)])
     return float((found == y).double().mean())
+
+
+def average(states: Sequence[State]) -> State:
+    """The plain average, tensor by tensor."""
+    return {
+        name: torch.stack([s[name].double() for s in states]).mean(0).to(t.dtype)
+        for name, t in states[0].items()
+    }
 
 
 @torch.no_grad()

@@ -16,7 +16,9 @@ from manifold_merge.cli_calibrate import calibrate
 from manifold_merge.cli_mergekit import mergekit
 from manifold_merge.cli_models import align, models
 from manifold_merge.cli_options import (
+    AdapterOutput,
     Debug,
+    Device,
     DifferentBase,
     Distance,
     DType,
@@ -84,16 +86,7 @@ def _options(
 @app.command()
 def adapters(
     folders: Folders,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="Folder to write; PeftModel.from_pretrained loads it.",
-            show_default=False,
-        ),
-    ],
+    output: AdapterOutput,
     weights: Weights = None,
     layer_weights: Annotated[
         list[str],
@@ -199,7 +192,7 @@ def adapters(
     ] = Extras.mean,
     allow_different_base: DifferentBase = False,
     ignore_config_key: IgnoredKeys = [],  # noqa: B006
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|mps", help="Where to compute.")] = "cpu",
+    device: Device = "cpu",
     max_memory: MaxMemory = "256MB",
     check_gauge: Annotated[
         bool,

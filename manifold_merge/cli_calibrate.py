@@ -9,7 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from manifold_merge.cli_options import Debug, Json, Quiet
+from manifold_merge.cli_options import (
+    Debug,
+    Device,
+    Json,
+    Quiet,
+)
 from manifold_merge.cli_session import session
 
 __all__ = ["calibrate"]
@@ -80,7 +85,7 @@ def calibrate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longer texts are cut.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts in one batch.")] = 32,
     seed: Annotated[int, typer.Option(help="Of the drawn texts and labels.")] = 0,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|mps", help="Where to compute.")] = "cpu",
+    device: Device = "cpu",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace existing statistics.")
     ] = False,

@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from manifold_merge.cli_models import show_merge
-from manifold_merge.cli_options import Debug, Json, Quiet, parse_bytes, parse_device
+from manifold_merge.cli_options import (
+    Debug,
+    Device,
+    DifferentConfig,
+    Json,
+    ModelMemory,
+    ModelOutput,
+    ModelOverwrite,
+    Quiet,
+    ShardSize,
+    parse_bytes,
+    parse_device,
+)
 from manifold_merge.cli_session import session
 
 __all__ = ["mergekit"]
@@ -24,42 +36,12 @@ def mergekit(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="Folder to write; from_pretrained loads it.",
-            show_default=False,
-        ),
-    ],
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Bytes in one file, such as 5GB. Default: the shards of the first model.",
-        ),
-    ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Bytes of the models in memory at a time, such as 512MB. Default: 1GiB.",
-        ),
-    ] = None,
-    allow_different_config: Annotated[
-        bool,
-        typer.Option(
-            "--allow-different-config",
-            help="Accept configurations that differ in what a model computes.",
-        ),
-    ] = False,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|mps", help="Where to compute.")] = "cpu",
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace a merged model that is there."),
-    ] = False,
+    output: ModelOutput,
+    max_shard_size: ShardSize = None,
+    max_memory: ModelMemory = None,
+    allow_different_config: DifferentConfig = False,
+    device: Device = "cpu",
+    overwrite: ModelOverwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

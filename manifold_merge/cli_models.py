@@ -11,9 +11,15 @@ import typer
 
 from manifold_merge.cli_options import (
     Debug,
+    Device,
+    DifferentConfig,
     DType,
     Json,
+    ModelMemory,
+    ModelOutput,
+    ModelOverwrite,
     Quiet,
+    ShardSize,
     parse_bytes,
     parse_device,
     parse_layer_weights,
@@ -52,16 +58,7 @@ def models(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="Folder to write; from_pretrained loads it.",
-            show_default=False,
-        ),
-    ],
+    output: ModelOutput,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -112,32 +109,11 @@ def models(
         DType | None,
         typer.Option(help="Type of the written tensors. Default: that of the first model."),
     ] = None,
-    max_shard_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Bytes in one file, such as 5GB. Default: the shards of the first model.",
-        ),
-    ] = None,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Bytes of the models in memory at a time, such as 512MB. Default: 1GiB.",
-        ),
-    ] = None,
-    allow_different_config: Annotated[
-        bool,
-        typer.Option(
-            "--allow-different-config",
-            help="Accept configurations that differ in what a model computes.",
-        ),
-    ] = False,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|mps", help="Where to compute.")] = "cpu",
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace a merged model that is there."),
-    ] = False,
+    max_shard_size: ShardSize = None,
+    max_memory: ModelMemory = None,
+    allow_different_config: DifferentConfig = False,
+    device: Device = "cpu",
+    overwrite: ModelOverwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -205,10 +181,7 @@ def align(
     to: Annotated[
         Path, typer.Option(metavar="DIR", help="The model that stays.", show_default=False)
     ],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="OUT", help="Folder to write.", show_default=False),
-    ],
+    output: ModelOutput,
     method: Annotated[Method, typer.Option(help="How units are matched.")] = Method.anneal,
     rescale: Annotated[
         bool,
@@ -216,16 +189,8 @@ def align(
     ] = False,
     starts: Annotated[int, typer.Option(min=1, help="Starts of the matching.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the starts.")] = 0,
-    allow_different_config: Annotated[
-        bool,
-        typer.Option(
-            "--allow-different-config",
-            help="Accept configurations that differ in what a model computes.",
-        ),
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model that is there.")
-    ] = False,
+    allow_different_config: DifferentConfig = False,
+    overwrite: ModelOverwrite = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "AdapterOutput",
     "DType",
     "Debug",
+    "Device",
     "DifferentBase",
+    "DifferentConfig",
     "Distance",
     "Extras",
     "Folders",
@@ -25,8 +28,12 @@ __all__ = [
     "Json",
     "MaxMemory",
     "Missing",
+    "ModelMemory",
+    "ModelOutput",
+    "ModelOverwrite",
     "Normalisation",
     "Quiet",
+    "ShardSize",
     "Weights",
     "parse_bytes",
     "parse_device",
@@ -121,6 +128,49 @@ MaxMemory = Annotated[
     typer.Option(
         metavar="SIZE",
         help="Bytes of factors worked on at a time, such as 64MB or 2GB.",
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda|mps", help="Where to compute.")]
+AdapterOutput = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="Folder to write; PeftModel.from_pretrained loads it.",
+        show_default=False,
+    ),
+]
+ModelOutput = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="Folder to write; from_pretrained loads it.",
+        show_default=False,
+    ),
+]
+ModelOverwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")]
+ShardSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Bytes in one file, such as 5GB. Default: the shards of the first model.",
+    ),
+]
+ModelMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Bytes of the models in memory at a time, such as 512MB. Default: 1GiB.",
+    ),
+]
+DifferentConfig = Annotated[
+    bool,
+    typer.Option(
+        "--allow-different-config",
+        help="Accept configurations that differ in what a model computes.",
     ),
 ]
 Json = Annotated[

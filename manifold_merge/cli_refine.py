@@ -14,7 +14,9 @@ import typer
 from typer.core import TyperCommand
 
 from manifold_merge.cli_options import (
+    AdapterOutput,
     Debug,
+    Device,
     DifferentBase,
     DType,
     Json,
@@ -82,16 +84,7 @@ def refine(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="Folder to write; PeftModel.from_pretrained loads it.",
-            show_default=False,
-        ),
-    ],
+    output: AdapterOutput,
     base_model: Annotated[
         str | None,
         typer.Option(
@@ -159,7 +152,7 @@ def refine(
         DType | None,
         typer.Option(help="Type of the written tensors. Default: the widest of the inputs."),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|mps", help="Where to compute.")] = "cpu",
+    device: Device = "cpu",
     allow_different_base: DifferentBase = False,
     overwrite: Annotated[
         bool,

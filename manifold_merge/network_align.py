@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from manifold_merge.network_layout import NetworkLayout, shapes_of
-from manifold_merge.network_matching import METHODS, Matching
+from manifold_merge.network_gauges import (
+    apply_gauges,
+    balancing_element,
+    inverse_gauges,
+    matrix_gauges,
+)
+from manifold_merge.network_layout import NetworkLayout, named_element, shapes_of
+from manifold_merge.network_matching import METHODS, Matching, coordinate_descent
 from manifold_merge.network_synchronize import match_networks
-from manifold_merge.rescaling import balance_factors, positive_gauges, rescaled
-from manifold_merge.symmetry import NetworkSymmetry
+from manifold_merge.rescaling import positive_gauges, unit_gauges
+from manifold_merge.symmetry import GaugeGroup, NetworkSymmetry
 
 __all__ = ["Alignment", "align"]
 
@@ -54,7 +61,8 @@ def align(
     symmetry: NetworkSymmetry,
     *,
     method: str = "anneal",
-    rescale: bool = False,
+    rescale: bool | Literal["auto"] = "auto",
+    basis: bool | Literal["auto"] = "auto",
     fisher: Mapping[str, Tensor] | None = None,
     to_fisher: Mapping[str, Tensor] | None = None,
     scores: Mapping[str, Tensor] | None = None,
@@ -62,7 +70,9 @@ def align(
     starts: int = 1,
     seed: int = 0,
 ) -> Alignment:
-    """Rebase a network onto another: reorder its units to bring it as close as possible.
+    """Rebase a network onto another: bring it as close as possible by symmetries alone.
+
+    Units are reordered, positive scales and the bases inside heads brought to those of the target.
 
     All tensors move, running statistics included, and the function stays the same. What is
     minimised is the distance of the parameters, biases included; or, with ``fisher``, the distance
@@ -77,7 +87,12 @@ def align(
             matching) or ``"frank_wolfe"``.
         rescale: Remove positive rescaling of units too: balanced representatives are matched, and
             the result has the scales of ``to``. The reported distances are plain ones, between
-            the given scales, which this does not minimise.
+            the given scales, which this does not minimise. ``"auto"``: those of units with
+            weights of their own, not of a norm's gains, and none with a Fisher metric, which
+            belongs to the scales given.
+        basis: Remove changes of basis too, GL(d) inside heads and scaled rotations under rotary
+            positions, in the same way. ``"auto"``: wherever the symmetry has such gauges, unless
+            there is a Fisher metric, in which turned coordinates have no diagonal.
         fisher: Diagonal Fisher information of ``state``, by name.
         to_fisher: Diagonal Fisher information of ``to``, by name.
         scores: How well element i of ``to`` fits element j of ``state``, ``(count, count)`` for
@@ -110,30 +125,40 @@ def align(
         raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
     if scores is not None and (fisher is not None or to_fisher is not None):
         raise ValueError("scores: activation matching uses no weights, so no fisher; leave one out")
-    layout = checked_layout(symmetry, {"state": state, "to": to})
-    if rescale:
-        gauges = positive_gauges(symmetry)
-        if not gauges:
-            raise ValueError("rescale=True: the symmetry has no positive gauge; leave it out")
-        factors = balance_factors(to, gauges)
-        first = rescaled(to, gauges, factors)
-        second = rescaled(state, gauges, balance_factors(state, gauges))
-    else:
-        first, second = dict(to), dict(state)
+    given = fisher is not None or to_fisher is not None
+    scales, basis = chosen_gauges(symmetry, rescale, basis, fisher=given, name="rescale")
+    plain = checked_layout(symmetry, {"state": state, "to": to})
+    layout = NetworkLayout(symmetry, plain.shapes, bases=True) if basis else plain
+    balancing = [
+        balancing_element(each, symmetry, scales=scales, bases=basis) for each in (to, state)
+    ]
+    first, second = (
+        apply_gauges(each, symmetry, element)
+        for each, element in zip((to, state), balancing, strict=True)
+    )
     x, y = (_working(layout.pack(each)) for each in (first, second))
     metrics = [None if f is None else layout.pack(f).to(x) for f in (to_fisher, fisher)]
     if scores is None:
         matching = Matching(layout, *fisher_channels(x, y, *metrics))
     else:
-        _check_scores(scores, layout)
-        matching = Matching(layout, torch.zeros_like(x)[None], y[None], scores)
+        _check_scores(scores, plain)
+        matching = Matching(plain, torch.zeros_like(x)[None], y[None], scores)
     orders = match_networks(matching, method=method, steps=steps, starts=starts, seed=seed)
-    permutations = named_orders(layout, orders)
-    moved = symmetry.permute(second, permutations)
-    if rescale:
-        moved = rescaled(moved, gauges, [1 / f for f in factors])
-    plain = layout.pack(to), layout.pack(state), layout.pack(moved)
-    target, before, after = (_working(z) for z in plain)
+    if scores is not None and basis:  # the scores order the units; weights turn the bases
+        matching = Matching(layout, x[None], y[None])
+        eyes = [torch.eye(n, dtype=y.dtype) for n in layout.counts[: layout.gauges]]
+        orders, _ = coordinate_descent(matching, [*eyes, *orders], only=range(layout.gauges))
+    element = named_element(layout, orders)
+    if balancing[0] or balancing[1]:
+        # In double precision, so that what only was permuted comes back exactly.
+        exact = {n: t.double() if t.is_floating_point() else t for n, t in state.items()}
+        moved = symmetry.apply(apply_gauges(exact, symmetry, balancing[1]), element)
+        moved = apply_gauges(moved, symmetry, inverse_gauges(balancing[0]))
+        moved = {name: t.to(state[name].dtype) for name, t in moved.items()}
+        moved |= {n: moved[o] for n, o in symmetry.aliases.items() if n in moved and o in moved}
+    else:
+        moved = symmetry.apply(state, element)
+    target, before, after = (_working(layout.pack(z)) for z in (to, state, moved))
     weight = _weight(metrics[0], metrics[1])
     at_first = _distance(target, before, weight)
     if metrics[1] is not None:
@@ -141,7 +166,7 @@ def align(
         weight = _weight(metrics[0], metrics[1])
     return Alignment(
         state=dict(moved),
-        permutations=permutations,
+        permutations=dict(element.permutations),
         distance_before=at_first,
         distance_after=_distance(target, after, weight),
         method=method if scores is None else f"{method}, given scores",
@@ -178,6 +203,37 @@ def fisher_channels(
     return torch.stack(left), torch.stack(right)
 
 
+def chosen_gauges(
+    symmetry: NetworkSymmetry,
+    scales: bool | str,
+    bases: bool | str,
+    *,
+    fisher: bool,
+    name: str,
+) -> tuple[tuple[GaugeGroup, ...], bool]:
+    """Which scales and whether bases are removed; ``"auto"`` means where it helps.
+
+    Raises:
+        ValueError: If there are none where they are asked for, or bases meet a Fisher metric.
+    """
+    for option, value in ((name, scales), ("basis", bases)):
+        if value not in (True, False, "auto"):
+            raise ValueError(f"{option}: expected True, False or 'auto', got {value!r}")
+    if scales is True and not positive_gauges(symmetry):
+        raise ValueError(f"{name}=True: the symmetry has no positive gauge; leave it out")
+    if bases is True and not matrix_gauges(symmetry):
+        raise ValueError("basis=True: the symmetry has no basis to change; leave it out")
+    if bases is True and fisher:
+        raise ValueError(
+            "basis=True: a diagonal Fisher metric belongs to one basis; leave either out"
+        )
+    if bases == "auto":
+        bases = bool(matrix_gauges(symmetry)) and not fisher
+    if scales == "auto":
+        return (() if fisher else unit_gauges(symmetry)), bool(bases)
+    return (positive_gauges(symmetry) if scales else ()), bool(bases)
+
+
 def checked_layout(
     symmetry: NetworkSymmetry, states: Mapping[str, Mapping[str, Tensor]]
 ) -> NetworkLayout:
@@ -199,14 +255,6 @@ def checked_layout(
                 bad = int((~tensor.isfinite()).sum())
                 raise ValueError(f"{name}: {key} has {bad} entries that are NaN or infinite")
     return NetworkLayout(symmetry, shapes)
-
-
-def named_orders(layout: NetworkLayout, orders: list[Tensor | None]) -> dict[str, Tensor]:
-    """Permutations by the name of their set."""
-    return {
-        name: torch.arange(count) if order is None else order.cpu()
-        for name, count, order in zip(layout.names, layout.counts, orders, strict=True)
-    }
 
 
 def _check_scores(scores: Mapping[str, Tensor], layout: NetworkLayout) -> None:

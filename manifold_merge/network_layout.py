@@ -10,11 +10,21 @@ import torch
 from torch import Tensor
 
 from manifold_merge.assignment import inverse_permutation
-from manifold_merge.symmetry import NetworkSymmetry, Placement
+from manifold_merge.network_gauges import matrix_gauges
+from manifold_merge.symmetry import NetworkSymmetry, PermutedSet, Placement, SymmetryElement
 
-__all__ = ["Block", "NetworkLayout", "Order", "Site", "is_running_statistic", "shapes_of"]
+__all__ = [
+    "Block",
+    "NetworkLayout",
+    "Order",
+    "Site",
+    "is_running_statistic",
+    "named_element",
+    "shapes_of",
+]
 
 # What a set does to the network: nothing, a permutation (count,), or a soft one (count, count).
+# What a change of basis does: nothing, or a matrix (d, d), orthogonal, or a contraction if soft.
 Order = Tensor | None
 
 
@@ -125,6 +135,8 @@ class NetworkLayout:
     Args:
         symmetry: Permuted sets of the network.
         shapes: Shape of each tensor of the state dict, by name; ``symmetry.shapes`` if ``None``.
+        bases: Let changes of basis act as well, as orthogonal matrices: they are sets whose
+            elements are coordinates, listed before all others, and their orders are matrices.
 
     Raises:
         ValueError: If a placement names a tensor or positions that do not exist, or the tensors of
@@ -132,9 +144,14 @@ class NetworkLayout:
     """
 
     def __init__(
-        self, symmetry: NetworkSymmetry, shapes: Mapping[str, Sequence[int]] | None = None
+        self,
+        symmetry: NetworkSymmetry,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        *,
+        bases: bool = False,
     ) -> None:
         self.symmetry = symmetry
+        gauges = matrix_gauges(symmetry) if bases else ()
         given = symmetry.shapes if shapes is None else shapes
         # A shared tensor lies in the vector once.
         self.shapes = {
@@ -142,9 +159,19 @@ class NetworkLayout:
             for name, shape in given.items()
             if not is_running_statistic(name) and name not in symmetry.aliases
         }
-        self.sets = symmetry.sets
-        self.counts = tuple(each.count for each in symmetry.sets)
-        self.names = tuple(each.name for each in symmetry.sets)
+        # An orthogonal matrix is its own inverse transpose.
+        self.sets = (
+            *(PermutedSet(g.name, g.dimension, g.placements, (), g.parent, g.role) for g in gauges),
+            *symmetry.sets,
+        )
+        self.gauges = len(gauges)  # so many of the sets are changes of basis
+        # How the coordinates of a rotary basis are paired; ``None`` for all other sets.
+        self.pairings: tuple[str | None, ...] = (
+            *(g.pairing if g.kind == "rotation" else None for g in gauges),
+            *(None for _ in symmetry.sets),
+        )
+        self.counts = tuple(each.count for each in self.sets)
+        self.names = tuple(each.name for each in self.sets)
         self.blocks: list[Block] = []
         self._home: dict[str, tuple[int, int | None]] = {}
         self._place_blocks()
@@ -153,10 +180,8 @@ class NetworkLayout:
         self.by_block: list[list[Site]] = [[] for _ in self.blocks]
         self.by_set: list[list[Site]] = [[] for _ in self.sets]
         self._place_sites()
-        # A set that meets itself in one block enters the score as a square.
-        self.linear = tuple(
-            len({site.block for site in sites}) == len(sites) for sites in self.by_set
-        )
+        # A set that meets itself in one entry enters the score as a square.
+        self.linear = tuple(not _any_meet(sites) for sites in self.by_set)
         self.children = self._children()
 
     def _place_blocks(self) -> None:
@@ -297,6 +322,14 @@ class NetworkLayout:
         ]
         return self.permute(vector, uniform)
 
+    def rows_of_gauges(self) -> list[Tensor]:
+        """For each change of basis, where its coordinates lie in the vector, ``(d, entries)``."""
+        arrays = self.views(torch.arange(self.size))
+        return [
+            torch.cat([site.rows(arrays[site.block]) for site in sites], 1)
+            for sites in self.by_set[: self.gauges]
+        ]
+
     def compose(self, first: Sequence[Order], second: Sequence[Order]) -> list[Order]:
         """Orders that act as ``first`` followed by ``second``, both hard.
 
@@ -316,6 +349,41 @@ class NetworkLayout:
         for a, b in zip(first, moved, strict=True):
             result.append(b if a is None else a if b is None else a[b])
         return result
+
+
+def _any_meet(sites: Sequence[Site]) -> bool:
+    """Whether two of some sites share an entry."""
+    return any(_meet(a, b) for i, a in enumerate(sites) for b in sites[:i])
+
+
+def _meet(a: Site, b: Site) -> bool:
+    if a.block != b.block:
+        return False
+    first, second = _reach(a), _reach(b)
+    return all(
+        first[axis] is None or second[axis] is None or bool(first[axis] & second[axis])  # type: ignore[operator]
+        for axis in {*first} & {*second}
+    )
+
+
+def _reach(site: Site) -> dict[int, set[int] | None]:
+    """Positions of a site along the axes that it names; ``None`` for all of them."""
+    along = None if site.index is None else set(site.index.reshape(-1).tolist())
+    return {site.axis: along, **{axis: {position} for axis, position in site.within}}
+
+
+def named_element(layout: NetworkLayout, orders: Sequence[Order]) -> SymmetryElement:
+    """Hard orders as a group element: permutations and matrices by the names of their sets."""
+    permutations, gauges = {}, {}
+    for number, (name, order) in enumerate(zip(layout.names, orders, strict=True)):
+        if number < layout.gauges:
+            if order is not None:
+                gauges[name] = order.cpu()
+        else:
+            permutations[name] = (
+                torch.arange(layout.counts[number]) if order is None else order.cpu()
+            )
+    return SymmetryElement(permutations, gauges)
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

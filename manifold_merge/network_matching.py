@@ -9,13 +9,19 @@ maximises it exactly. All methods below are made of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from manifold_merge.assignment import assign, softassign
-from manifold_merge.network_layout import NetworkLayout, Order, Site
+from manifold_merge.network_gauges import (
+    closest_isometry,
+    is_isometry,
+    random_isometry,
+    softened_isometry,
+)
+from manifold_merge.network_layout import NetworkLayout, Order, Site, _any_meet
 
 __all__ = ["METHODS", "Matching", "anneal", "coordinate_descent", "frank_wolfe", "uniform_orders"]
 
@@ -25,6 +31,13 @@ METHODS = ("anneal", "coordinate", "frank_wolfe")
 # deviations of its scores; at the cold end nearly all plans are permutations.
 HOT = 2.0
 COOLING = 40.0
+# Rounds over sets inside one element that meet each other, as the query heads of one key-value
+# head and the basis of its values do.
+COUPLED_SWEEPS = 3
+# Beyond so many entries to visit, pairs of elements are compared as their insides stand.
+COUPLED_LIMIT = 2e8
+# Matrices change in ever smaller steps; those below this share of the score wake no neighbour.
+NEGLIGIBLE = 1e-6
 
 
 class Matching:
@@ -106,37 +119,108 @@ class Matching:
         """
         scores, lists = self.score_matrix(number, orders).clone(), self.layout.children[number]
         best: dict[tuple[int, int], list[Tensor]] = {}
+        if self.separable(number):
+            ours, theirs = self._rows_of_children(number, orders)
+            for i in range(len(lists)):
+                for j, there in enumerate(lists):
+                    pairs = zip(ours[i], theirs[j], there, strict=True)
+                    inner = [(other, rows @ twins.mT) for rows, twins, other in pairs]
+                    best[i, j] = [closest_order(self.layout, other, c) for other, c in inner]
+                    for (other, c), order in zip(inner, best[i, j], strict=True):
+                        scores[i, j] += value_of(c, order) - value_of(c, orders[other])
+            return scores, best
         for i, here in enumerate(lists):
             for j, there in enumerate(lists):
-                best[i, j] = []
-                for child, other in zip(here, there, strict=True):
-                    inner = self._inner_matrix(number, child, other, orders)
-                    order = assign(inner)
-                    gain = value_of(inner, order) - value_of(inner, orders[other])
-                    scores[i, j] += gain
-                    best[i, j].append(order)
+                # What is inside the element of ψ acts at its new place.
+                here_orders, there_orders = list(orders), list(orders)
+                for _ in range(COUPLED_SWEEPS):
+                    for child, other in zip(here, there, strict=True):
+                        for place, source in zip(here, there, strict=True):
+                            here_orders[place] = there_orders[source]
+                        c = self._inner_matrix(number, child, other, here_orders, there_orders)
+                        order = closest_order(self.layout, other, c)
+                        scores[i, j] += value_of(c, order) - value_of(c, there_orders[other])
+                        there_orders[other] = order
+                best[i, j] = [there_orders[other] for other in there]  # type: ignore[misc]
         return scores, best
 
-    def _inner_matrix(self, parent: int, child: int, other: int, orders: Sequence[Order]) -> Tensor:
+    def _rows_of_children(
+        self, number: int, orders: Sequence[Order]
+    ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """Entries of the sets inside each element, of φ and of ψ, all else being applied."""
+        lists = self.layout.children[number]
+        family = {number, *(child for each in lists for child in each)}
+        inside = self._descendants(number) - family
+        blocks = {site.block for each in lists for c in each for site in self.layout.by_set[c]}
+        targets, sources = {}, {}
+        for block in blocks:
+            target, source = self.target[block], self.source[block]
+            sites = [s for s in self.layout.by_block[block] if s.owner not in family]
+            for site in sites:
+                if site.owner in inside:
+                    source = site.act(source, orders[site.owner])
+            for site in reversed(sites):
+                if site.owner not in inside:
+                    target = site.act(target, orders[site.owner], transpose=True)
+            targets[block], sources[block] = target, source
+
+        def rows(arrays: Mapping[int, Tensor]) -> list[list[Tensor]]:
+            return [
+                [
+                    torch.cat([s.rows(arrays[s.block]) for s in self.layout.by_set[c]], 1)
+                    for c in each
+                ]
+                for each in lists
+            ]
+
+        return rows(targets), rows(sources)
+
+    def _descendants(self, number: int) -> set[int]:
+        found: set[int] = set()
+        for each in self.layout.children.get(number, []):
+            for child in each:
+                found |= {child} | self._descendants(child)
+        return found
+
+    def _inner_matrix(
+        self,
+        parent: int,
+        child: int,
+        other: int,
+        here: Sequence[Order],
+        there: Sequence[Order],
+    ) -> Tensor:
         """Scores of the elements of ``other`` (of ψ) in the place of those of ``child`` (of φ)."""
         total = self.like.new_zeros(self.layout.counts[child], self.layout.counts[child])
         pairs = zip(self.layout.by_set[child], self.layout.by_set[other], strict=True)
         for site, twin in pairs:
-            target = self._before_and_after(site, orders, skip=parent)[0]
-            source = self._before_and_after(twin, orders, skip=parent)[1]
+            target = self._before_and_after(site, here, skip=parent)[0]
+            source = self._before_and_after(twin, there, skip=parent)[1]
             total += site.rows(target) @ twin.rows(source).mT
         return total
 
-    def separable(self, number: int) -> bool:
-        """Whether the sets inside each element of a set can be matched one by one."""
+    def nested(self, number: int) -> bool:
+        """Whether the elements of a set can be matched together with the sets inside them."""
         lists = self.layout.children.get(number)
         if not lists or len({tuple(self.layout.counts[c] for c in each) for each in lists}) > 1:
             return False
-        for each in lists:
-            blocks = [site.block for child in each for site in self.layout.by_set[child]]
-            if len(set(blocks)) < len(blocks):
-                return False
-        return all(child not in self.unary for each in lists for child in each)
+        inside = [child for each in lists for child in each]
+        if not all(self.layout.linear[c] and c not in self.unary for c in inside):
+            return False
+        blocks = {site.block for child in inside for site in self.layout.by_set[child]}
+        entries = len(lists) ** 2 * sum(self.layout.blocks[block].size for block in blocks)
+        return entries <= COUPLED_LIMIT or not self._coupled(number)
+
+    def separable(self, number: int) -> bool:
+        """Whether, in addition, the sets inside one element do not meet each other."""
+        return self.nested(number) and not self._coupled(number)
+
+    def _coupled(self, number: int) -> bool:
+        """Whether sets inside one element of a set share entries."""
+        return any(
+            _any_meet([site for child in each for site in self.layout.by_set[child]])
+            for each in self.layout.children[number]
+        )
 
 
 def value_of(scores: Tensor, order: Order) -> Tensor:
@@ -148,20 +232,49 @@ def value_of(scores: Tensor, order: Order) -> Tensor:
     return scores.gather(1, order[:, None]).sum()
 
 
+def closest_order(layout: NetworkLayout, number: int, scores: Tensor) -> Tensor:
+    """The order of one set that maximises tr(Pᵀ scores): a permutation, or a polar factor."""
+    if number < layout.gauges:
+        return closest_isometry(scores, layout.pairings[number])
+    return assign(scores)
+
+
+def is_hard(layout: NetworkLayout, number: int, order: Order) -> bool:
+    """Whether an order is an element of the group and no average of such."""
+    if order is None or order.ndim == 1:
+        return True
+    return number < layout.gauges and is_isometry(order)
+
+
 def uniform_orders(layout: NetworkLayout, like: Tensor) -> list[Order]:
-    """Orders that match every element to every other alike: the centre of all permutations."""
-    return [like.new_full((n, n), 1 / n) for n in layout.counts]
+    """Orders that match every element to every other alike: the centre of all permutations.
+
+    That of the orthogonal matrices is zero.
+    """
+    return [
+        like.new_zeros((n, n)) if number < layout.gauges else like.new_full((n, n), 1 / n)
+        for number, n in enumerate(layout.counts)
+    ]
 
 
 def random_orders(
     layout: NetworkLayout, like: Tensor, generator: torch.Generator | None
 ) -> list[Order]:
-    """One random permutation for each set."""
-    return [torch.randperm(n, generator=generator).to(like.device) for n in layout.counts]
+    """One random permutation for each set, one random orthogonal matrix for each basis."""
+    return [
+        random_isometry(n, like, generator, layout.pairings[number])
+        if number < layout.gauges
+        else torch.randperm(n, generator=generator).to(like.device)
+        for number, n in enumerate(layout.counts)
+    ]
 
 
 def coordinate_descent(
-    matching: Matching, orders: Sequence[Order], *, max_sweeps: int = 100
+    matching: Matching,
+    orders: Sequence[Order],
+    *,
+    max_sweeps: int = 100,
+    only: Collection[int] | None = None,
 ) -> tuple[list[Order], bool]:
     """Solve the assignment of one set after another until none improves the score.
 
@@ -171,6 +284,7 @@ def coordinate_descent(
         matching: The score.
         orders: Where to start; soft orders are replaced when their set is first visited.
         max_sweeps: Greatest number of visits of each set.
+        only: The sets to visit; all if ``None``.
 
     Returns:
         The orders, hard, and whether any of them changed.
@@ -183,7 +297,8 @@ def coordinate_descent(
         {other.owner for site in sites for other in layout.by_block[site.block]}
         for sites in layout.by_set
     ]
-    waiting = set(range(len(layout.sets)))
+    allowed = set(range(len(layout.sets)) if only is None else only)
+    waiting = set(allowed)
     changed = False
     for _ in range(max_sweeps):
         if not waiting:
@@ -193,7 +308,7 @@ def coordinate_descent(
                 waiting.discard(number)
                 if _improve(matching, number, orders):
                     changed = True
-                    waiting |= neighbours[number] - {number}
+                    waiting |= (neighbours[number] & allowed) - {number}
                     if not layout.linear[number]:
                         waiting.add(number)
     return orders, changed
@@ -201,30 +316,28 @@ def coordinate_descent(
 
 def _improve(matching: Matching, number: int, orders: list[Order]) -> bool:
     """Solve one assignment in place; whether it improved the score beyond rounding."""
-    nested = matching.separable(number)
+    layout, old = matching.layout, orders[number]
+    now = value_of(scores := matching.score_matrix(number, orders), old)
+    nested = matching.nested(number)
     if nested:
         scores, inner = matching.nested_matrix(number, orders)
-        now = value_of(matching.score_matrix(number, orders), orders[number])
-    else:
-        scores = matching.score_matrix(number, orders)
-        now = value_of(scores, orders[number])
-    order, old = assign(scores), orders[number]
+    order = closest_order(layout, number, scores)
     rounding = 10 * torch.finfo(scores.dtype).eps * float(scores.abs().amax(1).sum())
-    soft = old is not None and old.ndim == 2
-    if not soft and not float(value_of(scores, order) - now) > rounding:
+    soft = not is_hard(layout, number, old)
+    gain = float(value_of(scores, order) - now)
+    if not soft and not gain > rounding:
         return False
-    if not soft and not matching.layout.linear[number]:
-        trial = list(orders)
-        trial[number] = order
-        if not matching.score(trial) > matching.score(orders) + rounding:
-            return False
-    orders[number] = order
+    trial = list(orders)
+    trial[number] = order
     if nested:
         for i, j in enumerate(order.tolist()):
-            children = matching.layout.children[number][j]
-            for child, child_order in zip(children, inner[i, j], strict=True):
-                orders[child] = child_order
-    return True
+            for child, inside in zip(layout.children[number][j], inner[i, j], strict=True):
+                trial[child] = inside
+    square = not soft and not layout.linear[number]
+    if square and not matching.score(trial) > matching.score(orders) + rounding:
+        return False
+    orders[:] = trial
+    return soft or number >= layout.gauges or gain > NEGLIGIBLE * abs(float(now))
 
 
 def anneal(
@@ -263,7 +376,9 @@ def anneal(
         orders = [uniform_orders(m.layout, m.like) for m in matchings]
     potentials = [[m.like.new_zeros(n) for n in m.layout.counts] for m in matchings]
     spreads = [spread_of_scores(m, o) for m, o in zip(matchings, orders, strict=True)]
-    spread = max((max(each, default=0.0) for each in spreads), default=0.0)
+    # Permutations set the scale; bases follow.
+    first = max((m.layout.gauges for m in matchings), default=0)
+    spread = max((s for each in spreads for s in each[first:] or each), default=0.0)
     visits = [_descending(each) for each in spreads]
     random = [
         [
@@ -283,10 +398,20 @@ def anneal(
                     scores = matching.score_matrix(number, orders[i])
                     if noise:
                         scores = scores + cooled * random[i][number]
+                    if number < matching.layout.gauges:
+                        orders[i][number] = softened_isometry(
+                            scores, temperature, matching.layout.pairings[number]
+                        )
+                        continue
                     orders[i][number], potentials[i][number] = softassign(
                         scores, temperature, potentials[i][number]
                     )
-    return [[assign(o) for o in each] for each in orders]  # type: ignore[arg-type]
+    return [rounded(m.layout, each) for m, each in zip(matchings, orders, strict=True)]
+
+
+def rounded(layout: NetworkLayout, orders: Sequence[Order]) -> list[Order]:
+    """The elements of the group that are closest to soft orders."""
+    return [closest_order(layout, n, order) for n, order in enumerate(orders)]  # type: ignore[arg-type]
 
 
 def spread_of_scores(matching: Matching, orders: Sequence[Order]) -> list[float]:
@@ -294,7 +419,8 @@ def spread_of_scores(matching: Matching, orders: Sequence[Order]) -> list[float]
     spreads = []
     for number in range(len(matching.layout.sets)):
         scores = matching.score_matrix(number, orders)
-        scores = scores - scores.mean(0) - scores.mean(1, keepdim=True) + scores.mean()
+        if number >= matching.layout.gauges:
+            scores = scores - scores.mean(0) - scores.mean(1, keepdim=True) + scores.mean()
         spread = float(scores.square().mean().sqrt())
         spreads.append(spread if math.isfinite(spread) else 0.0)
     return spreads
@@ -307,7 +433,7 @@ def visiting_order(matching: Matching, orders: Sequence[Order]) -> list[int]:
     cannot be matched before its neighbours.
     """
     numbers = range(len(matching.layout.sets))
-    if not any(order is not None and order.ndim == 2 for order in orders):
+    if all(is_hard(matching.layout, number, orders[number]) for number in numbers):
         return list(numbers)
     return _descending(spread_of_scores(matching, orders))
 
@@ -346,10 +472,10 @@ def frank_wolfe(
         gap = 0.0
         for number, count in enumerate(layout.counts):
             scores = matching.score_matrix(number, current)
-            order = assign(scores)
+            order = closest_order(layout, number, scores)
             gap += float(value_of(scores, order) - value_of(scores, current[number]))
             eye = torch.eye(count, dtype=scores.dtype, device=scores.device)
-            corners.append(eye[order])
+            corners.append(order if order.ndim == 2 else eye[order])
         if not gap > tolerance * abs(now):
             break
         ahead = matching.score(_between(current, corners, 1.0))
@@ -364,7 +490,7 @@ def frank_wolfe(
         if not after > now:
             break
         current, now = trial, after
-    return [assign(o) for o in current]  # type: ignore[arg-type]
+    return rounded(layout, current)
 
 
 def _between(current: Sequence[Order], corners: Sequence[Order], step: float) -> list[Order]:

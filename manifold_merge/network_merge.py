@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from manifold_merge.frechet import frechet_mean, normalized_weights
-from manifold_merge.network_align import checked_layout, named_orders
-from manifold_merge.network_layout import is_running_statistic, shapes_of
+from manifold_merge.network_align import checked_layout, chosen_gauges
+from manifold_merge.network_gauges import apply_gauges, balancing_element, inverse_gauges
+from manifold_merge.network_layout import is_running_statistic, named_element, shapes_of
 from manifold_merge.network_quotient import NetworkQuotient
-from manifold_merge.rescaling import balanced
 from manifold_merge.solution import FrechetSolution
-from manifold_merge.symmetry import NetworkSymmetry, Placement
+from manifold_merge.symmetry import NetworkSymmetry, Placement, SymmetryElement
 
 __all__ = ["NetworkMerge", "merge_networks"]
 
@@ -31,7 +32,8 @@ class NetworkMerge:
         state: State dict of the mean.
         solution: The certificate: objective (the Fréchet variance), convergence and remedy.
         permutations: For each network, by the name of the set, the permutation that aligned it.
-        aligned: State dicts of the given networks' functions, each aligned to the mean.
+        aligned: State dicts of the given networks' functions, each aligned to the mean, in the
+            gauges of the network that was held while the others were matched to it.
     """
 
     state: dict[str, Tensor]
@@ -45,7 +47,8 @@ def merge_networks(
     symmetry: NetworkSymmetry,
     weights: Sequence[float] | Tensor | None = None,
     *,
-    balance: bool = False,
+    balance: bool | Literal["auto"] = "auto",
+    basis: bool | Literal["auto"] = "auto",
     fisher: Mapping[str, Tensor] | None = None,
     responses: Sequence[Mapping[str, Tensor]] | None = None,
     response_scale: float = 1.0,
@@ -56,7 +59,7 @@ def merge_networks(
     p: int = 2,
     max_iterations: int | None = None,
 ) -> NetworkMerge:
-    """Average networks modulo the order (and the positive scale) of their units.
+    """Average networks modulo the order and the scale of their units and the bases of their heads.
 
     The mean is :func:`manifold_merge.frechet_mean` on :class:`manifold_merge.NetworkQuotient`:
     Σ wᵢ d²(x, xᵢ) is least, whatever the order of the networks or of the units inside them. The
@@ -68,7 +71,11 @@ def merge_networks(
         states: State dicts of networks of one architecture.
         symmetry: Their symmetry, from :func:`manifold_merge.symmetry_of`.
         weights: ``(k,)``; normalised to sum 1. Equal if ``None``.
-        balance: Remove positive rescaling of units as well.
+        balance: Remove positive rescaling of units as well. ``"auto"``: of units with weights of
+            their own, not of a norm's gains, and none with a Fisher metric, which belongs to the
+            scales given.
+        basis: Remove changes of basis inside heads as well, GL(d) or, under rotary positions,
+            scaled rotations; ``"auto"``: wherever there are any, and no Fisher metric.
         fisher: Diagonal metric that all networks share; it is averaged over permutations.
         responses: For each network the responses of its units to the same data, from
             :func:`manifold_merge.unit_responses`: further coordinates of the units, so that both
@@ -108,7 +115,11 @@ def merge_networks(
     if shares.ndim != 1:
         raise ValueError(f"weights: expected ({len(states)},), got {tuple(shares.shape)}")
     options = {"method": method, "steps": steps, "starts": starts, "seed": seed}
-    full = [balanced(s, symmetry) if balance else dict(s) for s in states]
+    scales, bases = chosen_gauges(
+        symmetry, balance, basis, fisher=fisher is not None, name="balance"
+    )
+    balancing = [balancing_element(s, symmetry, scales=scales, bases=bases) for s in states]
+    full = [apply_gauges(s, symmetry, e) for s, e in zip(states, balancing, strict=True)]
     extended, packed = symmetry, full
     if responses is not None:
         if len(responses) != len(states):
@@ -122,7 +133,7 @@ def merge_networks(
             ones = {_RESPONSES + n: torch.ones_like(t) for n, t in responses[0].items()}
             fisher = {**fisher, **ones}
     shapes = shapes_of(packed[0])
-    quotient = NetworkQuotient(extended, shapes, **options)  # type: ignore[arg-type]
+    quotient = NetworkQuotient(extended, shapes, basis=bases, **options)  # type: ignore[arg-type]
     if fisher is not None:
         metric = quotient.symmetrize(fisher)
         quotient = NetworkQuotient(extended, shapes, fisher=metric, **options)  # type: ignore[arg-type]
@@ -134,25 +145,34 @@ def merge_networks(
         quotient, points, shares.to(points), solver="karcher", p=p, max_iterations=max_iterations
     )
     orders = quotient.recall(solution.point, points)
-    permutations = tuple(named_orders(quotient.layout, each) for each in orders)
-    aligned = tuple(
-        dict(symmetry.permute(s, each)) for s, each in zip(full, permutations, strict=True)
-    )
+    elements = [named_element(quotient.layout, each) for each in orders]
+    aligned = tuple(symmetry.apply(s, e) for s, e in zip(full, elements, strict=True))
     mean = {
         name: t.to(states[0][name].dtype)
         for name, t in quotient.unpack(solution.point).items()
         if name in states[0]
     }
-    rest = _other_entries(aligned, shares, mean)
-    merged = {**mean, **rest}
+    merged = {**mean, **_other_entries(aligned, shares, mean)}
+    # Gauges act linearly: mean and aligned networks go to those of the network that stayed.
+    stayed = next((i for i, e in enumerate(elements) if _is_identity(e)), None)
+    if stayed is not None and balancing[stayed]:
+        back = inverse_gauges(balancing[stayed])
+        merged = apply_gauges(merged, symmetry, back)
+        aligned = tuple(apply_gauges(each, symmetry, back) for each in aligned)
     for name, original in symmetry.aliases.items():
         if name in states[0]:
             merged[name] = merged[original]
     return NetworkMerge(
         state={name: merged[name].clone() for name in states[0]},
         solution=solution,
-        permutations=permutations,
+        permutations=tuple(dict(e.permutations) for e in elements),
         aligned=aligned,
+    )
+
+
+def _is_identity(element: SymmetryElement) -> bool:
+    return not element.gauges and all(
+        torch.equal(order, torch.arange(len(order))) for order in element.permutations.values()
     )
 
 

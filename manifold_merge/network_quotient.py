@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,34 +16,53 @@ from torch import Tensor
 from manifold_merge.accurate import weighted_sum
 from manifold_merge.fisher import FisherEuclidean
 from manifold_merge.linalg import broadcast_shapes
-from manifold_merge.network_layout import NetworkLayout, Order, shapes_of
+from manifold_merge.network_gauges import (
+    apply_gauges,
+    balancing_element,
+    matrix_gauges,
+    skew_solution,
+)
+from manifold_merge.network_layout import NetworkLayout, Order, named_element, shapes_of
 from manifold_merge.network_matching import METHODS, Matching, coordinate_descent, random_orders
 from manifold_merge.network_synchronize import match_networks, synchronize
 from manifold_merge.quotient import Gauge, QuotientManifold
-from manifold_merge.rescaling import balanced, positive_gauges
-from manifold_merge.symmetry import NetworkSymmetry
+from manifold_merge.rescaling import positive_gauges
+from manifold_merge.symmetry import NetworkSymmetry, SymmetryElement
 
 __all__ = ["NetworkQuotient"]
 
+# Rounds of projection where bases share entries, as those of linear layers in a chain.
+HORIZONTAL_SWEEPS = 200
+
 
 class _Index(torch.autograd.Function):
-    """Where each entry of the aligned vector comes from; opaque to autograd and ``vmap``."""
+    """The group element that aligns y to x; opaque to autograd and ``vmap``.
+
+    Where each entry of the aligned vector comes from, ``(..., N)``, after the changes of basis by
+    the second result, all matrices of one element in a row.
+    """
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor, manifold: Any) -> Tensor:
+    def forward(x: Tensor, y: Tensor, manifold: Any) -> tuple[Tensor, Tensor]:
         batch = broadcast_shapes(x.shape[:-1], y.shape[:-1])
         x, y = x.expand(*batch, -1).reshape(-1, x.shape[-1]), y.expand(*batch, -1)
         rows = zip(x, y.reshape(-1, y.shape[-1]), strict=True)
-        found = [manifold._positions(manifold._orders(a, b)) for a, b in rows]
-        empty = torch.zeros((0, y.shape[-1]), dtype=torch.long, device=y.device)
-        return (torch.stack(found) if found else empty).reshape(*batch, -1)
+        found = [manifold._orders(a, b) for a, b in rows]
+        gauges = manifold.layout.gauges
+        index = y.new_zeros((len(found), y.shape[-1]), dtype=torch.long)
+        matrices = y.new_zeros((len(found), sum(d * d for d in manifold.layout.counts[:gauges])))
+        for row, orders in enumerate(found):
+            index[row] = manifold._positions([*(None,) * gauges, *orders[gauges:]])
+            if gauges:
+                matrices[row] = torch.cat([o.reshape(-1) for o in orders[:gauges]])
+        return index.reshape(*batch, -1), matrices.reshape(*batch, -1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.mark_non_differentiable(*output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
         return None, None, None
 
     @staticmethod
@@ -51,7 +71,7 @@ class _Index(torch.autograd.Function):
             a.expand(info.batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
             for a, dim in zip((x, y), in_dims[:2], strict=True)
         )
-        return _Index.apply(x, y, manifold), 0
+        return _Index.apply(x, y, manifold), (0, 0)
 
 
 @dataclass
@@ -65,7 +85,9 @@ class _Memory:
 
 
 class NetworkQuotient(QuotientManifold):
-    """Networks as vectors of parameters, modulo the permutations of a :class:`NetworkSymmetry`.
+    """Networks as vectors of parameters, modulo the group of a :class:`NetworkSymmetry`.
+
+    Permutations always, positive scales of units and changes of basis on request.
 
     A point is a vector ``(..., N)`` of all parameters; :meth:`pack` makes it from a state dict and
     :meth:`unpack` takes it apart. Running statistics of normalisations are no parameters and take
@@ -88,6 +110,9 @@ class NetworkQuotient(QuotientManifold):
             elements of a set, so that permutations are isometries; :meth:`symmetrize` averages one.
         balance: Remove positive rescaling of units as well: :meth:`pack` returns the balanced
             representative (:func:`manifold_merge.balanced`).
+        basis: Remove changes of basis as well, GL(d) inside attention heads and scaled rotations
+            under rotary positions: :meth:`pack` balances the bases, and alignment also finds the
+            orthogonal matrices that are left.
         method: Aligner: ``"anneal"``, ``"coordinate"`` (coordinate descent, as Git Re-Basin's
             weight matching) or ``"frank_wolfe"``.
         steps: Temperatures of ``"anneal"``.
@@ -96,7 +121,7 @@ class NetworkQuotient(QuotientManifold):
 
     Raises:
         ValueError: If symmetry and template do not fit, the metric is not invariant, or there is
-            nothing to balance.
+            nothing to balance or no basis to change.
 
     Source: Ainsworth, Hayase and Srinivasa, arXiv:2209.04836; Crisostomi et al., arXiv:2405.17897.
 
@@ -124,6 +149,7 @@ class NetworkQuotient(QuotientManifold):
         *,
         fisher: Tensor | Mapping[str, Tensor] | None = None,
         balance: bool = False,
+        basis: bool = False,
         method: str = "anneal",
         steps: int = 40,
         starts: int = 1,
@@ -137,7 +163,9 @@ class NetworkQuotient(QuotientManifold):
             raise ValueError(
                 "balance=True: the symmetry has no positive gauge (units of ReLU); leave it out"
             )
-        layout = NetworkLayout(symmetry, _shapes(template))
+        if basis and not matrix_gauges(symmetry):
+            raise ValueError("basis=True: the symmetry has no basis to change; leave it out")
+        layout = NetworkLayout(symmetry, _shapes(template), bases=basis)
         metric = None
         if fisher is not None:
             metric = fisher if isinstance(fisher, Tensor) else layout.pack(fisher)
@@ -154,6 +182,7 @@ class NetworkQuotient(QuotientManifold):
         self.symmetry = symmetry
         self.layout = layout
         self.balance = balance
+        self.basis = basis
         self.method = method
         self.steps = steps
         self.starts = starts
@@ -174,12 +203,15 @@ class NetworkQuotient(QuotientManifold):
             state: A state dict of the network; other entries are left out.
 
         Returns:
-            The vector; the balanced representative if the manifold was made with ``balance``.
+            The vector; the balanced representative if the manifold was made with ``balance`` or
+            ``basis``.
 
         Raises:
             ValueError: If a parameter is missing or has another shape.
         """
-        return self.layout.pack(balanced(state, self.symmetry) if self.balance else state)
+        scales = positive_gauges(self.symmetry) if self.balance else ()
+        element = balancing_element(state, self.symmetry, scales=scales, bases=self.basis)
+        return self.layout.pack(apply_gauges(state, self.symmetry, element))
 
     @__scaling__(ScalingInfo())
     def unpack(self, x: Tensor) -> dict[str, Tensor]:
@@ -207,18 +239,22 @@ class NetworkQuotient(QuotientManifold):
             For each set a permutation p, ``(count,)``, as ``NetworkSymmetry.permute`` takes them:
             element p[e] of ``y`` belongs to element e of ``x``.
         """
+        return dict(self.element(x, y).permutations)
+
+    @__scaling__(ScalingInfo())
+    def element(self, x: Tensor, y: Tensor) -> SymmetryElement:
+        """The group element that brings ``y`` close to ``x``: permutations and changes of basis.
+
+        Args:
+            x: Point, ``(N,)``.
+            y: Point, ``(N,)``.
+
+        Returns:
+            The element, as ``NetworkSymmetry.apply`` takes it.
+        """
         self._assert_check_shape(tuple(x.shape), "x")
         self._assert_check_shape(tuple(y.shape), "y")
-        orders = self._orders(x.detach(), y.detach())
-        return self._by_name(orders)
-
-    def _by_name(self, orders: Sequence[Order]) -> dict[str, Tensor]:
-        return {
-            name: torch.arange(count) if order is None else order
-            for name, count, order in zip(
-                self.layout.names, self.layout.counts, orders, strict=True
-            )
-        }
+        return named_element(self.layout, self._orders(x.detach(), y.detach()))
 
     def _matching(self, x: Tensor, y: Tensor) -> Matching:
         metric = self._metric
@@ -239,19 +275,83 @@ class NetworkQuotient(QuotientManifold):
         return self.layout.permute(torch.arange(self.layout.size, device=device), orders)
 
     def _align(self, x: Tensor, y: Tensor) -> Tensor:
-        index = _Index.apply(x.detach(), y.detach(), self).to(y.device)
-        return y.expand(index.shape).gather(-1, index)
+        index, matrices = _Index.apply(x.detach(), y.detach(), self)
+        index = index.to(y.device)
+        y = y.expand(index.shape)
+        if not self.layout.gauges:
+            return y.gather(-1, index)
+        if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+            # In the order of y, so that the matrices can follow x and y.
+            x = torch.zeros_like(y).scatter(-1, index, x.expand(index.shape))
+        start = 0
+        for place, pairing in zip(self._rows, self.layout.pairings, strict=False):
+            rows, d = place.to(y.device), len(place)
+            turn = matrices[..., start : start + d * d].unflatten(-1, (d, d))
+            part = y[..., rows]
+            if x.requires_grad or part.requires_grad:
+                turn = self._following(turn, x[..., rows], part, rows, pairing)
+            y = y.index_copy(-1, rows.reshape(-1), (turn @ part).flatten(-2))
+            start += d * d
+        return y.gather(-1, index)
+
+    def _following(
+        self, turn: Tensor, x: Tensor, y: Tensor, rows: Tensor, pairing: str | None
+    ) -> Tensor:
+        """The best matrix as a function of what it aligns: right to the second order of d²."""
+        weighted = x if self._metric is None else self._metric[rows] * x
+        product = turn.mT @ weighted @ y.mT
+        spin = skew_solution(product.detach(), product, pairing)
+        return turn + turn @ (spin + spin @ spin / 2)
+
+    @functools.cached_property
+    def _rows(self) -> list[Tensor]:
+        """Where the coordinates of each basis lie in the vector, ``(d, entries)``."""
+        return self.layout.rows_of_gauges()
+
+    def _generators(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, str | None]]:
+        for place, pairing in zip(self._rows, self.layout.pairings, strict=False):
+            rows = place.to(x.device)
+            yield rows, x[..., rows], pairing
+
+    def _horizontal(self, x: Tensor, u: Tensor) -> Tensor:
+        """Take out the directions in which bases turn: skew A with A x, for one basis at a time."""
+        metric = self._metric
+        for _ in range(HORIZONTAL_SWEEPS if self._bases_meet else 1):
+            for rows, part, pairing in self._generators(x):
+                weighted = part if metric is None else metric[rows] * part
+                spin = skew_solution(part @ weighted.mT, u[..., rows] @ weighted.mT, pairing)
+                moved = u[..., rows] - spin @ part
+                u = u.index_copy(-1, rows.reshape(-1), moved.flatten(-2))
+        return u
+
+    @functools.cached_property
+    def _bases_meet(self) -> bool:
+        entries = [rows.reshape(-1) for rows in self._rows]
+        return bool(entries) and len(torch.cat(entries).unique()) < sum(map(len, entries))
+
+    @__scaling__(ScalingInfo())
+    def random_vertical(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """A random direction in which bases turn, ``(..., N)``; zero where there are none."""
+        u = torch.zeros_like(x)
+        for rows, part, pairing in self._generators(x):
+            shape = (*part.shape[:-1], len(rows))
+            drawn = torch.randn(shape, generator=generator, dtype=x.dtype)
+            spin = skew_solution(torch.eye(len(rows)).to(x), drawn.to(x), pairing)
+            flat = rows.reshape(-1)
+            moved = u[..., flat] + (spin @ part).flatten(-2)
+            u = u.index_copy(-1, flat, moved)
+        return u
 
     @__scaling__(ScalingInfo())
     def random_gauge(
         self, x: Tensor, *, generator: torch.Generator | None = None, condition: float = 10.0
     ) -> Gauge:
-        """A random permutation of each set, the same for all batch elements of ``x``.
+        """A random element of the group, the same for all batch elements of ``x``.
 
         Args:
             x: Point, ``(..., N)``.
             generator: Source of randomness.
-            condition: Not needed: permutations are isometries.
+            condition: Not needed: the group acts by isometries.
 
         Returns:
             A function from ``(..., N)`` to ``(..., N)``.
@@ -266,8 +366,8 @@ class NetworkQuotient(QuotientManifold):
 
     @__scaling__(ScalingInfo())
     def ehess2rhess(self, x: Tensor, egrad: Tensor, ehess: Tensor, u: Tensor) -> Tensor:
-        """The Hessian applied to ``u``, ``(..., N)``; the metric is flat."""
-        return self.total.egrad2rgrad(x, ehess)
+        """The Hessian applied to ``u``, ``(..., N)``: the total space is flat."""
+        return self._horizontal(x, self.total.egrad2rgrad(x, ehess))
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
         if not shape or shape[-1] != self.layout.size:

@@ -57,7 +57,6 @@ def match_networks(
             if method == "frank_wolfe":
                 orders = frank_wolfe(matching, _softened(orders, like, layout))
         orders, _ = coordinate_descent(matching, orders)
-        orders = [o if o is None or o.ndim == 1 else o.argmax(1) for o in orders]
         score = matching.score(orders) if starts > 1 else 0.0
         if best is None or score > best_score:
             best, best_score = orders, score
@@ -68,9 +67,11 @@ def match_networks(
 def _softened(orders: Sequence[Order], like: Tensor, layout: NetworkLayout) -> list[Order]:
     """Orders as matrices, half way to the centre where they are permutations."""
     soft: list[Order] = []
-    for order, n in zip(orders, layout.counts, strict=True):
+    for number, (order, n) in enumerate(zip(orders, layout.counts, strict=True)):
         assert order is not None
-        if order.ndim == 1:
+        if number < layout.gauges:
+            order = 0.5 * order
+        elif order.ndim == 1:
             eye = torch.eye(n, dtype=like.dtype, device=like.device)
             order = 0.5 * eye[order] + 0.5 / n
         soft.append(order)

@@ -15,12 +15,25 @@ from torch import Tensor
 
 from manifold_merge.symmetry import GaugeGroup, NetworkSymmetry, Placement
 
-__all__ = ["balance_factors", "balanced", "positive_gauges", "rescaled"]
+__all__ = ["balance_factors", "balanced", "positive_gauges", "rescaled", "unit_gauges"]
 
 
 def positive_gauges(symmetry: NetworkSymmetry) -> tuple[GaugeGroup, ...]:
     """The gauges of a symmetry that are positive factors of units."""
     return tuple(gauge for gauge in symmetry.gauges if gauge.kind == "positive")
+
+
+def unit_gauges(symmetry: NetworkSymmetry) -> tuple[GaugeGroup, ...]:
+    """The positive gauges of units with weights of their own, not those of a norm's gains alone.
+
+    The gains of a normalisation are few and near one in every network; balanced against all the
+    weights that read them they move far, and apart.
+    """
+    return tuple(
+        gauge
+        for gauge in positive_gauges(symmetry)
+        if any(not p.inverse and len(symmetry.shapes[p.tensor]) > 1 for p in gauge.placements)
+    )
 
 
 def _slice(tensor: Tensor, place: Placement) -> Tensor:

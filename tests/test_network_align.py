@@ -103,7 +103,8 @@ def test_rebasing_removes_scale_as_well(network):
     assert torch.allclose(outputs(network, other, x), network(x))
     found = align(other, to=state, symmetry=SYMMETRY, rescale=True)
     assert all(torch.allclose(found.state[n], state[n], atol=1e-5) for n in state)
-    assert align(other, to=state, symmetry=SYMMETRY).distance_after > 0.1
+    assert align(other, to=state, symmetry=SYMMETRY).distance_after < 1e-5  # the default
+    assert align(other, to=state, symmetry=SYMMETRY, rescale=False).distance_after > 0.1
 
 
 def test_fisher_channels_expand_the_weighted_square():
@@ -144,7 +145,7 @@ def test_fisher_decides_what_counts(network):
         found = align(noisy, to=state, symmetry=SYMMETRY, **options)
         assert all(torch.equal(found.permutations[k], clean[k]) for k in clean)
         assert found.distance_after < 1e-2 < found.distance_before
-    plain = align(noisy, to=state, symmetry=SYMMETRY).permutations
+    plain = align(noisy, to=state, symmetry=SYMMETRY, rescale=False).permutations
     assert not torch.equal(plain["0"], clean["0"])
 
 
@@ -315,19 +316,21 @@ def test_merges_of_half_precision_and_of_shared_tensors():
 
 def test_one_network_is_its_own_mean(network):
     state = network.state_dict()
-    merged = merge_networks([state], SYMMETRY)
+    merged = merge_networks([state], SYMMETRY, balance=False)
     assert all(torch.equal(merged.state[n], state[n]) for n in state)
+    merged = merge_networks([state], SYMMETRY)  # there and back again
+    assert all(torch.allclose(merged.state[n], state[n]) for n in state)
     with pytest.raises(ValueError, match="at least one"):
         merge_networks([], SYMMETRY)
 
 
 def test_weights_choose_between_networks(network):
     states = [mlp(*WIDTHS).double().state_dict() for _ in range(2)]
-    merged = merge_networks(states, SYMMETRY, [1, 0])
+    merged = merge_networks(states, SYMMETRY, [1, 0], balance=False)
     assert all(torch.equal(merged.state[n], states[0][n]) for n in states[0])
     assert len(merged.aligned) == 2
     metric = {n: torch.ones_like(t) for n, t in states[0].items()}
-    plain = merge_networks(states, SYMMETRY)
+    plain = merge_networks(states, SYMMETRY, balance=False)
     same = merge_networks(states, SYMMETRY, fisher=metric)
     assert float(plain.solution.objective) == pytest.approx(float(same.solution.objective))
 

@@ -177,6 +177,52 @@ def test_smooth_distance_brackets_the_exact_one_and_has_its_logarithm_as_gradien
     assert float(squared) == pytest.approx(least, abs=0.1)
 
 
+@pytest.mark.parametrize("case", ["Euclidean", "Fisher", "Sphere", "scalars"])
+def test_gradient_of_the_smooth_distance_agrees_with_finite_differences(case):
+    """Of its value, not of another formula: no envelope theorem is used here."""
+    base, shape = FLAT[case]
+    options = {"assignment": "sinkhorn", "temperature": 0.3, "iterations": 2000}
+    manifold = PermutationQuotient(base, shape[0], **options)
+    x, y = (manifold.projx(double(*shape, seed=s)) for s in (0, 1))
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(manifold.dist2(leaf, y), leaf)
+    gradient = manifold.egrad2rgrad(x, gradient)
+    log = manifold.logmap(x, y)
+    for seed in (2, 3):
+        u = manifold.proju(x, double(*shape, seed=seed))
+
+        def value(t, u=u):
+            return float(manifold.dist2(manifold.expmap(x, t * u), y))
+
+        h = 1e-4
+        slope = (8 * (value(h) - value(-h)) - (value(2 * h) - value(-2 * h))) / (12 * h)
+        assert float(manifold.inner(x, gradient, u)) == pytest.approx(slope, rel=1e-6, abs=1e-8)
+        assert -2 * float(manifold.inner(x, log, u)) == pytest.approx(slope, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("temperature", [4.0, 1.0])
+def test_smooth_distance_is_the_least_of_its_definition(temperature):
+    """Transport cost plus T Σ P log(n P) at the plan; other doubly stochastic ones cost more."""
+    n = 4
+    manifold = PermutationQuotient(
+        geoopt.Euclidean(1), n, assignment="sinkhorn", temperature=temperature, iterations=5000
+    )
+    x, y = double(n, 2), double(n, 2, seed=1)
+    squared = (x[:, None] - y).square().sum(-1)
+
+    def cost(plan):
+        return float((plan * squared).sum() + temperature * torch.xlogy(plan, n * plan).sum())
+
+    plan = manifold.plan(x, y)
+    value = float(manifold.dist2(x, y))
+    assert value == pytest.approx(cost(plan), abs=1e-9)
+    corners = [torch.eye(n).double()[list(p)] for p in itertools.permutations(range(n))]
+    centre = torch.full((n, n), 1 / n, dtype=torch.float64)
+    for corner in (*corners, centre):
+        for share in (1e-3, 0.3, 1.0):
+            assert cost(torch.lerp(plan, corner, share)) >= value - 1e-9
+
+
 def test_mean_with_the_smooth_distance_lowers_its_objective():
     points = torch.stack([double(4, 2, seed=s) for s in range(3)])
     smooth = PermutationQuotient(geoopt.Euclidean(1), 4, assignment="sinkhorn", temperature=0.5)
