@@ -81,3 +81,27 @@ def _refined(results: Path) -> list[list[str]]:
         each = ", ".join(f"{100 * x['mean']:.1f}" for x in runs)
         cells.append(_cell(mean, error) + (f" (seeds: {each})" if len(runs) > 1 else ""))
     return [["`refine`", "16", *cells]]
+
+
+def refined(results: Path) -> str:
+    """Every run of ``refine`` on the test texts, task by task."""
+    rows, names = [], []
+    for key, title in SETS.items():
+        for file in sorted(results.glob(f"refined_{key}*.json")):
+            run = _load(results, file.stem)
+            names = list(run["tasks"])
+            distances = [
+                sum(run[stage]) / len(run[stage]) for stage in ("before", "started", "after")
+            ]
+            rows.append(
+                [
+                    title,
+                    str(run["options"]["seed"]),
+                    *(f"{task['normalised']:.3f}" for task in run["tasks"].values()),
+                    _cell(run["mean"], run["standard_error"]),
+                    f"{100 * run['agreement']:.1f} %",
+                    " → ".join(f"{x:.3f}" for x in distances),
+                ]
+            )
+    last = ["mean", "same label as the own adapter", "distance"]
+    return harness.table(["adapters", "seed", *names, *last], rows)

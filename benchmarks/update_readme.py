@@ -26,7 +26,11 @@ READMES = (
     *sorted((HERE.parent / "docs").glob("*.md")),
 )
 # The script whose ``render`` turns a result into Markdown, where it is not the result's name.
-SUMMARIES = {"accuracy": accuracy.render, "comparison": comparison.render}  # of several results
+SUMMARIES = {  # of several results
+    "accuracy": accuracy.render,
+    "comparison": comparison.render,
+    "refined": accuracy.refined,
+}
 SCRIPTS = {"score_bench_val": "score_bench", "score_bench_test": "score_bench"}
 
 
