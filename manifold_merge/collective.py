@@ -11,7 +11,8 @@ that round differently still take the same steps and end with the same mean, bit
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import geoopt
@@ -28,7 +29,7 @@ from manifold_merge.quotient import QuotientManifold
 from manifold_merge.sharded import is_sharded
 from manifold_merge.solution import FrechetSolution, Status
 from manifold_merge.solver_dispatch import checked_solver, default_iterations
-from manifold_merge.solvers import Problem, _State
+from manifold_merge.solvers import Problem, _State, weighted_median
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -101,10 +102,19 @@ def collective_mean(
                     "'auto' or 'closed_form'; gather anchors and metrics in one process"
                 )
             _check_metrics(manifold, anchors, metrics)
+            for i, (metric, x) in enumerate(zip(metrics, anchors, strict=True)):
+                if not _fits(metric.fisher.shape, x.shape):
+                    raise ValueError(
+                        f"metrics[{i}]: Fisher information of shape {tuple(metric.fisher.shape)} "
+                        f"does not fit an anchor of shape {tuple(x.shape)}; collect it from that "
+                        "anchor"
+                    )
+            if start is not None:
+                raise ValueError("start: means with metrics= need none; leave it out")
         if gauge_check and not isinstance(manifold, QuotientManifold):
             raise ValueError(f"gauge_check: {manifold} is not a quotient manifold, it has no gauge")
         # Weighted sums of flat spaces have a mean with some negative weights too.
-        signed = name == "closed_form"
+        signed = name == "closed_form" and metrics is None
         return (
             anchors,
             checked_weights(weights, len(anchors), like=anchors[0], negative=signed),
@@ -119,6 +129,7 @@ def collective_mean(
     team.same(
         {
             "manifold": str(manifold),
+            "manifold (parameters)": _parameters(manifold),
             "points (dtype)": str(first.dtype),
             "points (batch shape)": tuple(batch),
             # Ranks of adapters may differ.
@@ -164,6 +175,13 @@ def collective_mean(
             if tuple(start.shape) != tuple(wanted):
                 raise ValueError(f"start: expected shape {tuple(wanted)}, got {tuple(start.shape)}")
         spread = w.reshape((*w.shape, *(1,) * (len(batch) + 1 - w.ndim)))
+        if not _fits(spread.shape[1:], batch):
+            raise ValueError(
+                f"weights: shape {tuple(w.shape)} does not fit anchors of batch shape "
+                f"{tuple(batch)}; give ({len(anchors)},) or {(len(anchors), *batch)}"
+            )
+        if not batch.numel():
+            raise ValueError(f"points: the batch of shape {tuple(batch)} is empty; skip this call")
         return spread.expand(len(anchors), *batch).reshape(len(anchors), -1)
 
     flat_weights = team.agree(prepared)
@@ -201,6 +219,7 @@ def collective_mean(
             given = team.broadcast(start.detach().to(anchors[0]))
             begin = [given.reshape(-1, *given.shape[len(batch) :])]
         result = problem.best_of(begin, problem.karcher)
+    team.agree(lambda: None)  # raises what was held back after the last sum
     result = dataclasses.replace(
         result,
         point=result.point.reshape(*batch, *result.point.shape[1:]).to(dtype),
@@ -212,16 +231,19 @@ def collective_mean(
         solver=name,
     )
     if gauge_check:
-        assert isinstance(manifold, QuotientManifold)
-        moved = [
-            manifold.random_representative(x, generator=generator, condition=100.0) for x in anchors
-        ]
+        quotient: Any = manifold
+        moved = team.agree(
+            lambda: [
+                quotient.random_representative(x, generator=generator, condition=100.0).to(dtype)
+                for x in anchors
+            ]
+        )
         other = collective_mean(
-            manifold, [x.to(dtype) for x in moved], weights, process_group, solver=solver, p=p,
+            manifold, moved, weights, process_group, solver=solver, p=p,
             rank=rank, start=start, starts=starts, tolerance=tolerance,
             max_iterations=max_iterations,
         )  # fmt: skip
-        residual = manifold.relative_difference(result.point, other.point)
+        residual = quotient.relative_difference(result.point, other.point)
         result = dataclasses.replace(result, gauge_residual=residual)
     return result
 
@@ -232,7 +254,7 @@ def _fisher_mean(
     """Σ wᵢFᵢθᵢ / Σ wᵢFᵢ, both sums over all processes (arXiv:2111.09832)."""
     dims = tuple(range(-metrics[0].ndim, 0))
     scaled = [
-        (share.reshape(*share.shape, *(1,) * len(dims)) * metric.fisher).expand_as(x)
+        (share.reshape(*share.shape, *(1,) * len(dims)) * metric.fisher.to(x)).expand_as(x)
         for share, metric, x in zip(shares, metrics, anchors, strict=True)
     ]
     pulls = [f * x for f, x in zip(scaled, anchors, strict=True)]
@@ -253,6 +275,25 @@ def _fisher_mean(
         weights=shares,
         solver="closed_form",
     )
+
+
+def _fits(shape: torch.Size, wanted: torch.Size) -> bool:
+    try:
+        return torch.broadcast_shapes(shape, wanted) == wanted
+    except RuntimeError:
+        return False
+
+
+def _parameters(manifold: geoopt.Manifold) -> dict[str, Any]:
+    """Curvature, scale and the like, which the name of a manifold does not say."""
+    found: dict[str, Any] = {}
+    for name, x in manifold.state_dict().items():
+        values = x.detach().cpu().contiguous()
+        few = values.numel() <= 8
+        found[name] = (
+            values.tolist() if few else hashlib.sha256(repr(values.tolist()).encode()).hexdigest()
+        )
+    return found
 
 
 def _solver(manifold: geoopt.Manifold, solver: Any, p: int) -> str:
@@ -287,16 +328,12 @@ class _CollectiveProblem(Problem):
 
     team: Team
 
-    @property
-    def floor(self) -> Tensor:
-        """Gradient norms that are round-off, ``(L,)``."""
-        if "_floor" not in vars(self):
-            own = self.weights.new_zeros(self.weights.shape[1])
-            with self.team.may_fail():
-                if len(self.points):
-                    own = super().floor
-            self._floor = self.team.greatest(own)
-        return self._floor
+    def _sizes(self) -> Tensor:
+        sizes = self.weights[:0]
+        with self.team.may_fail():
+            if len(self.points):
+                sizes = super()._sizes()
+        return sizes
 
     def evaluate(
         self,
@@ -328,9 +365,24 @@ class _CollectiveProblem(Problem):
     def _total(self, *sums: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.team.total(*sums))
 
+    def _middle(self, weights: Tensor, values: Tensor) -> Tensor:
+        parts = self.team.collect((weights.cpu(), values.cpu()))
+        everyone = [torch.cat(x).to(values.device) for x in zip(*parts, strict=True)]
+        return weighted_median(*everyone)
+
     def _greatest(self, values: Tensor) -> Tensor:
         own = values.amax(0) if len(values) else values.new_zeros(values.shape[1:])
         return self.team.greatest(own)
+
+    def _norm(self, x: Tensor, direction: Tensor) -> Tensor:
+        with self.team.may_fail():
+            return super()._norm(x, direction)
+        return direction.new_zeros(len(direction))
+
+    def _moved(self, step: Callable[..., Tensor], x: Tensor, direction: Tensor) -> Tensor:
+        with self.team.may_fail():
+            return super()._moved(step, x, direction)
+        return x
 
     def _squares(self, state: _State) -> tuple[Tensor, Tensor]:
         if len(self.points):

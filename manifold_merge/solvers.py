@@ -81,9 +81,28 @@ class Problem:
         """Gradient norms that are round-off, ``(L,)``: copies of one point have a mean too."""
         if not self.tolerance:
             return torch.zeros_like(self.weights[0])
+        return self._rounding(self._greatest(self._sizes()))
+
+    @functools.cached_property
+    def resolution(self) -> Tensor:
+        """Distances that are round-off, ``(L,)``, whatever a minority of the anchors may be."""
+        return self._rounding(self._middle(self.weights, self._sizes()))
+
+    def _sizes(self) -> Tensor:
         tangent = self.manifold.proju(self.points, self.points)
-        size = norm(self.manifold, self.points, tangent).amax(0).nan_to_num(0.0)
+        return norm(self.manifold, self.points, tangent).nan_to_num(0.0)
+
+    def _rounding(self, size: Tensor) -> Tensor:
         return 100 * torch.finfo(size.dtype).eps * (size + unit_length(self.manifold))
+
+    def _reach(self, weights: Tensor, distances: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Distances within which an anchor is taken to be at the iterate, ``(L,)``.
+
+        They are relative to those of the anchors with half of the weight: an outlier, however far
+        away, must not make the others look as if they were one point.
+        """
+        nothing = self.resolution if rows is None else self.resolution[rows]
+        return nothing + 1e-9 * self._middle(weights, distances)
 
     def evaluate(
         self,
@@ -102,31 +121,42 @@ class Problem:
                 weighted_sum(weights, logs), (weights * squared).sum(0), spread
             )
             scale = spread.sqrt()
-            size, one = norm(self.manifold, x, direction), torch.ones_like(objective)
+            size, one = self._norm(x, direction), torch.ones_like(objective)
             return _State(x, objective, size, direction, scale, logs.movedim(0, 1), one, floor)
         distances = squared.clamp(min=0).sqrt()
-        pull, here = _median_pull(weights, distances, self._greatest(distances))
+        pull, here = _median_pull(weights, distances, self._reach(weights, distances, rows))
         # An anchor at x balances any pull up to its own weight (Kuhn 1973).
         direction, balanced, total, objective, spread = self._total(
             weighted_sum(pull, logs), (weights * here).sum(0), pull.sum(0),
             (weights * distances).sum(0), spread,
         )  # fmt: skip
         scale = spread.sqrt()
-        excess = (norm(self.manifold, x, direction) - balanced).clamp(min=0)
+        excess = (self._norm(x, direction) - balanced).clamp(min=0)
         direction = direction / _spread(torch.where(total > 0, total, 1.0), direction)
         # The median's gradient has no unit; scaling makes it comparable with that of the mean.
         logs = logs.movedim(0, 1)
         return _State(x, objective, excess * scale, direction, scale, logs, total, floor)
 
-    # The anchors may be spread over processes: whatever is summed over them goes through these two.
+    # The anchors may be spread over processes: whatever is summed over them goes through the first
+    # two of these, and what one process does to the iterate, where others wait, through the others.
 
     def _total(self, *sums: Tensor) -> tuple[Tensor, ...]:
         """Sums over all anchors, from those over the anchors here."""
         return sums
 
+    def _middle(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Weighted median over all anchors, ``(...)``, of values of the anchors here."""
+        return weighted_median(weights, values)
+
     def _greatest(self, values: Tensor) -> Tensor:
         """Maximum over all anchors, ``(...)``, of values of the anchors here, ``(k, ...)``."""
         return values.amax(0)
+
+    def _norm(self, x: Tensor, direction: Tensor) -> Tensor:
+        return norm(self.manifold, x, direction)
+
+    def _moved(self, step: Callable[..., Tensor], x: Tensor, direction: Tensor) -> Tensor:
+        return step(x, direction)
 
     def cost(self, state: _State) -> Tensor:
         """½ Σ wᵢ dᵢ² or Σ wᵢ dᵢ, whose gradient is ``-stiffness * direction``."""
@@ -175,14 +205,16 @@ class Problem:
             for _ in range(self.max_iterations):
                 squared, _ = self._dist2_logs(mean)
                 distances = squared.clamp(min=0).sqrt()
-                pull, _ = _median_pull(self.weights, distances, distances.amax(0))
+                pull, _ = _median_pull(
+                    self.weights, distances, self._reach(self.weights, distances)
+                )
                 total = pull.sum(0)
                 # At an anchor that outweighs the others' pull, a step without it would lead away.
                 status = torch.where(self.stationary(self.evaluate(mean)), Status.CONVERGED, status)
                 running = (status == Status.MAX_ITERATIONS) & (total > 0)
                 new = form(self.points, pull / torch.where(total > 0, total, 1.0), self.rank)
-                scale = (self.weights * squared.clamp(min=0)).sum(0).sqrt()
-                still = self.manifold.dist(mean, new) <= self.tolerance * scale
+                # The length of the step over that which the anchors, all on one side, would cause.
+                still = self.manifold.dist(mean, new) * total <= self.tolerance
                 mean = torch.where(_spread(running, mean), new, mean)
                 count = count + running
                 status = torch.where(still | (total <= 0), Status.CONVERGED, status)
@@ -270,7 +302,7 @@ class Problem:
             now = state.rows(index)
             # The point moved by the step, so its logarithms are shorter by it to first order.
             guess = (now.logs - length * now.direction[:, None]).movedim(1, 0)
-            point = step(now.point, length * now.direction)
+            point = self._moved(step, now.point, length * now.direction)
             trial = self.evaluate(point, index, guess, precise)
             better = trial.gradient_norm < now.gradient_norm
             if is_gradient:
@@ -325,8 +357,16 @@ class Problem:
         return squared, inner(self.manifold, state.point[None], state.logs.movedim(1, 0))
 
 
-def _median_pull(weights: Tensor, distances: Tensor, greatest: Tensor) -> tuple[Tensor, Tensor]:
+def _median_pull(weights: Tensor, distances: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
     """Weiszfeld's weights wᵢ/dᵢ, and which anchors are at the iterate itself and left out."""
-    floor = 1e-9 * greatest.clamp(min=torch.finfo(distances.dtype).tiny)
-    here = distances <= floor
-    return torch.where(here, 0.0, weights / distances.clamp(min=floor)), here
+    here = distances <= reach
+    tiny = torch.finfo(distances.dtype).tiny
+    return torch.where(here, 0.0, weights / distances.clamp(min=tiny)), here
+
+
+def weighted_median(weights: Tensor, values: Tensor) -> Tensor:
+    """The least value ``(...)`` that is not exceeded by half of the weight, of ``(k, ...)``."""
+    order = values.argsort(0)
+    below = weights.gather(0, order).cumsum(0)
+    first = (2 * below >= below[-1:]).to(torch.uint8).argmax(0, keepdim=True)
+    return values.gather(0, order).gather(0, first)[0]

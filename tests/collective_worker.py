@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import sys
@@ -26,6 +27,8 @@ from manifold_merge import (
     frechet_mean,
 )
 
+# What one process waits for another: a mistake is an error then, and no hang.
+PATIENCE = datetime.timedelta(seconds=60)
 SPHERE = geoopt.Sphere()
 SPD = geoopt.SymmetricPositiveDefinite()
 LINE = geoopt.Euclidean(ndim=1)
@@ -93,6 +96,8 @@ def cases() -> dict[str, Case]:
         "positive definite": Case(SPD, spd, weights, 1),
         "positive definite median": Case(SPD, spd[:3, :1], None, 1, {"p": 1}),
         "product": Case(PRODUCT, product, weights),
+        "written by a user": Case(Own(), [*sphere.exp()], torch.tensor(weights)),
+        "ball": Case(geoopt.PoincareBall(0.5), sphere / 2, weights, 1),
         "from a start": Case(SPHERE, sphere, weights, 2, {"start": sphere[3]}),
         "from all anchors": Case(SPHERE, sphere, weights, 2, {"starts": "anchors"}),
         "a process without weight": Case(SPHERE, sphere, [1.0, 2.0, 0.0, 0.0, 0.0]),
@@ -114,16 +119,77 @@ def cases() -> dict[str, Case]:
 
 
 class Refusing(geoopt.Sphere):
-    """A sphere whose logarithm fails at one call."""
+    """A sphere one of whose methods fails at one call in the second process."""
 
     __scaling__ = geoopt.Sphere.__scaling__.copy()
-    calls = 0
+
+    def __init__(self, method: str, call: int) -> None:
+        super().__init__()
+        self.method, self.left = method, call
+
+    def _count(self, method: str) -> None:
+        self.left -= method == self.method
+        if method == self.method and not self.left and os.environ["RANK"] == "1":
+            raise RuntimeError("out of luck")
 
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == 3 and os.environ["RANK"] == "1":
-            raise RuntimeError("out of luck")
+        self._count("logmap")
         return super().logmap(x, y)
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        self._count("expmap")
+        return super().expmap(x, u)
+
+    def inner(self, x: Tensor, u: Tensor, v: Any = None, *, keepdim: bool = False) -> Tensor:
+        self._count("inner")
+        return super().inner(x, u, v, keepdim=keepdim)
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        self._count("proju")
+        return super().proju(x, u)
+
+
+class Own(geoopt.Manifold):
+    """Positive numbers by their logarithms: a manifold that somebody wrote, and nothing more."""
+
+    __scaling__ = geoopt.Sphere.__scaling__.copy()
+    name = "Own"
+    ndim = 1
+    reversible = False
+
+    def _check_point_on_manifold(self, x: Any, *, atol: float = 1e-5, rtol: float = 1e-5) -> Any:
+        return bool((x > 0).all()), None
+
+    def _check_vector_on_tangent(
+        self, x: Any, u: Any, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> Any:
+        return True, None
+
+    def inner(self, x: Tensor, u: Tensor, v: Any = None, *, keepdim: bool = False) -> Tensor:
+        return (u * (u if v is None else v) / x**2).sum(-1, keepdim=keepdim)
+
+    def projx(self, x: Tensor) -> Tensor:
+        return x.abs()
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        return u
+
+    egrad2rgrad = proju
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        return x * (u / x).exp()
+
+    retr = expmap
+
+    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        return v * y / x
+
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * (y / x).log()
+
+
+# Methods of a manifold, and at which call they fail: at the start, or in a step.
+FAILING = [("expmap", 1), ("inner", 1), ("inner", 3), ("proju", 1)]
 
 
 def wrong(rank: int) -> dict[str, Callable[[Any], Any]]:
@@ -147,13 +213,35 @@ def wrong(rank: int) -> dict[str, Callable[[Any], Any]]:
         "unknown solver": lambda g: mean(g, solver="trust_region"),
         "closed form": lambda g: mean(g, solver="closed_form"),
         "weights": lambda g: mean(g, weights=[1.0, -1.0 if at_fault else 1.0]),
+        "batch of weights": lambda g: mean(g, weights=torch.ones(2, 2 if at_fault else 3)),
+        "empty": lambda g: mean(g, points[:, :0]),
         "weights here only": lambda g: mean(g, weights=[1.0, 1.0] if at_fault else None),
         "no weight": lambda g: mean(g, weights=[0.0, 0.0]),
         "metrics": lambda g: mean(g, metrics=[SPHERE, SPHERE] if at_fault else None),
         "rank": lambda g: mean(g, rank=2),
         "start": lambda g: mean(g, start=points[0, :1] if at_fault else points[0]),
         "gauge": lambda g: mean(g, gauge_check=True),
-        "in the middle": lambda g: mean(g, manifold=Refusing()),
+        "in the middle": lambda g: mean(g, manifold=Refusing("logmap", 3)),
+        **{
+            f"{method}, call {call}": lambda g, m=method, c=call: mean(g, manifold=Refusing(m, c))
+            for method, call in FAILING
+        },
+        "curvature": lambda g: mean(g, points / 2, manifold=geoopt.PoincareBall(1.0 + at_fault)),
+        "subspace": lambda g: mean(
+            g, manifold=geoopt.Sphere(torch.eye(4)[:, : 3 + at_fault].double())
+        ),
+        "size of information": lambda g: mean(
+            g, manifold=LINE, metrics=[FisherEuclidean(torch.ones(3 if at_fault else 4), 1)] * 2
+        ),
+        "sign of information": lambda g: mean(
+            g,
+            manifold=LINE,
+            metrics=[FisherEuclidean(torch.ones(4), 1)] * 2,
+            weights=[2.0, -1.0 if at_fault else 1.0],
+        ),
+        "start of information": lambda g: mean(
+            g, manifold=LINE, metrics=[FisherEuclidean(torch.ones(4), 1)] * 2, start=points[0]
+        ),
         "gradient": lambda g: mean(g, points.clone().requires_grad_()),
         "no group": lambda g: mean("world"),
     }
@@ -165,7 +253,7 @@ def main(rank: int, folder: Path) -> None:
     os.environ["RANK"] = str(rank)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
-                            world_size=2)  # fmt: skip
+                            world_size=2, timeout=PATIENCE)  # fmt: skip
     seen: dict[str, Any] = {}
     for name, case in cases().items():
         points, weights, metrics = case.share(rank)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from collective_worker import Case, cases
+from collective_worker import FAILING, Case, cases
 
 from manifold_merge import FrechetSolution, QuotientManifold, frechet_mean
 
@@ -36,7 +36,11 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         )
         for rank in (0, 1)
     ]  # fmt: skip
-    said = [process.communicate(timeout=240)[1] for process in started]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(said)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
@@ -76,6 +80,14 @@ def test_equal_to_the_mean_in_one_process(seen: Seen, name: str) -> None:
         assert sum(mine["paths"].values()) == sum(one.paths.values())
 
 
+def test_by_hand(seen: Seen) -> None:
+    """A weighted geometric mean, which the user's manifold has."""
+    case = cases()["written by a user"]
+    points, w = torch.stack(case.points), torch.as_tensor(case.weights).double()
+    expected = torch.einsum("k,kbi->bi", w / w.sum(), points.log()).exp()
+    torch.testing.assert_close(seen[1][0]["written by a user"]["point"], expected)
+
+
 def test_the_mean_is_not_that_of_one_share(seen: Seen) -> None:
     """What the first process alone would find is far away: something was exchanged."""
     case = cases()["sphere"]
@@ -99,6 +111,8 @@ ERRORS = {
     "unknown solver": "with process_group= the solvers are auto, closed_form, karcher",
     "closed form": "p=2 on geoopt.Euclidean), got p=2 on Sphere manifold; use 'karcher'",
     "weights": "process 1 of 2: weights: [1.0, -1.0] has a negative entry",
+    "batch of weights": "process 1 of 2: weights: shape (2, 2) does not fit anchors of batch shape",
+    "empty": "points: the batch of shape (0,) is empty; skip this call",
     "weights here only": "weights (given): process 1 has True, process 0 has False",
     "no weight": "their sum over all processes must be positive",
     "metrics": "process 1 of 2: metrics: with process_group= they are FisherEuclidean",
@@ -106,6 +120,12 @@ ERRORS = {
     "start": "process 1 of 2: start: expected shape (3, 4), got (1, 4)",
     "gauge": "gauge_check: Sphere manifold is not a quotient manifold",
     "in the middle": "RuntimeError: process 1 of 2: out of luck",
+    **{f"{m}, call {c}": "RuntimeError: process 1 of 2: out of luck" for m, c in FAILING},
+    "curvature": "manifold (parameters): process 1 has {'isp_c':",
+    "subspace": "manifold (parameters): process 1 has {'projector':",
+    "size of information": "process 1 of 2: metrics[0]: Fisher information of shape (3,)",
+    "sign of information": "process 1 of 2: weights: [2.0, -1.0] has a negative entry",
+    "start of information": "start: means with metrics= need none; leave it out",
     "gradient": "NotImplementedError: process_group=: no gradient",
     "no group": "expected a torch.distributed.ProcessGroup, got 'world'",
 }

@@ -200,6 +200,45 @@ def test_a_subclass_with_its_own_distance_is_taken_as_it_is():
 # --- status, remedies, errors ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e2, 1e5, 1e8, 1e12])
+@pytest.mark.parametrize("solver", ["auto", "karcher"])
+@pytest.mark.parametrize("metric", [None, "embedded", "mixed"])
+def test_no_outlier_carries_off_a_median(metric, solver, size, dtype):
+    """|W - C| <= 2 h M / (2 h - 1) for honest weight h within M of C (docs/federated.md)."""
+    torch.manual_seed(0)
+    if metric is None:
+        manifold, centre = geoopt.Euclidean(ndim=1), torch.randn(6, dtype=dtype)
+        values = [centre + 0.1 * torch.randn_like(centre) for _ in range(4)]
+        points, embedded = [*values, -size * centre], lambda x: x
+    else:
+        manifold = LoRAQuotient(5, 4, metric, "chordal")
+        centre = torch.randn(9, 2, dtype=dtype)
+        points = [centre + 0.05 * torch.randn_like(centre) for _ in range(4)]
+        sign = torch.where(torch.arange(9) < 5, -1.0, 1.0).to(dtype)[:, None]
+        points, embedded = [*points, size**0.5 * sign * centre], manifold.product
+    solution = frechet_mean(manifold, points, p=1, solver=solver, max_iterations=2000)
+    if metric and solver == "karcher" and size == 1e12:
+        # The objective has no digits left for steps of this size, which is told.
+        assert int(solution.status) in (Status.CONVERGED, Status.STALLED)
+    else:
+        assert bool(solution.converged)
+    if not bool(solution.converged):
+        return
+    first = embedded(points[0]).double()
+    honest = torch.stack([embedded(x).double() for x in points[:4]])
+    reach = (honest - first).flatten(1).norm(dim=1).max()
+    assert (embedded(solution.point).double() - first).norm() <= 1.6 / 0.6 * reach
+
+
+def test_a_median_stays_with_copies_that_have_the_majority():
+    copy = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    points = [copy, copy, copy, copy + 1.0, 1e9 * copy]
+    solution = frechet_mean(geoopt.Euclidean(ndim=1), points, p=1, max_iterations=5000)
+    assert bool(solution.converged)
+    assert torch.allclose(solution.point, copy, rtol=0, atol=1e-12)
+
+
 def test_no_mean_direction_between_poles():
     poles = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]], dtype=torch.float64)
     solution = frechet_mean(geoopt.Sphere(), poles)
