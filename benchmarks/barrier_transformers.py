@@ -114,7 +114,7 @@ def _excess(network: nn.Module, a: State, b: State, rows: Tensor) -> float:
 
 
 def draw(result: Mapping[str, Any], file: Path) -> None:
-    """Excess of the loss over the chord along the segment, each pair thin, their mean thick."""
+    """Excess of the loss over the line between the ends along the segment, each pair thin, their mean thick."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -133,7 +133,7 @@ def draw(result: Mapping[str, Any], file: Path) -> None:
         mean = torch.stack(curves).mean(0)
         axes.plot(shares, mean, color=colour, linewidth=2.2, label=f"{name} ({barrier:.2f})")
     axes.set_xlabel("share of the second network")
-    axes.set_ylabel("loss above the chord, nats a letter")
+    axes.set_ylabel("loss above the straight line\nbetween the two ends, nats a letter")
     axes.set_title("Between independently trained transformers, held-out text", fontsize=11)
     axes.legend(frameon=False, title="mean barrier in parentheses", title_fontsize=8, fontsize=9)
     axes.set_xlim(0, 1)

@@ -28,6 +28,7 @@ import torch
 from merge_llm import memory
 from torch import Tensor
 
+from manifold_merge.adapters import RELEASE_EVERY
 from manifold_merge.merge_extras import CLOSENESS_SAMPLE
 from manifold_merge.merge_plan import DEFAULT_BUDGET
 
@@ -135,11 +136,12 @@ def peak_memory(size: Size, core_bytes: float = 0, start_bytes: float = 0) -> in
         start_bytes: What any merge takes.
     """
     stacked, bytes_each = size.stacked, DTYPE.itemsize
-    adapter = cost(size)["read"] // size.adapters  # each file is checked as a whole, one by one
+    # The files are checked one by one, and let go of on the way.
+    checked = min(cost(size)["read"] // size.adapters, RELEASE_EVERY)
     groups: dict[tuple[int, int], int] = {}
     for _, m, n in size.shapes():
         groups[m, n] = groups.get((m, n), 0) + 1
-    worst = adapter
+    worst = checked
     for (m, n), count in groups.items():
         each = 24 * (m + n) * stacked + 64 * stacked**2
         chunk = min(count, max(1, DEFAULT_BUDGET // each))

@@ -26,20 +26,16 @@ from torch import Tensor
 from manifold_merge.adapter_config import CONFIG_NAME, AdapterError, pattern_value, read_config
 from manifold_merge.linalg import all_finite
 
-__all__ = ["PREFIX", "WEIGHTS_NAME", "Adapter", "AdapterModule", "ExtraTensor"]
+__all__ = ["PREFIX", "RELEASE_EVERY", "WEIGHTS_NAME", "Adapter", "AdapterModule", "ExtraTensor"]
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+RELEASE_EVERY = 2**26  # bytes of a mapped file, which count as memory once they are read
 
 ModuleKind = Literal["linear", "conv", "embedding"]
 ExtraKind = Literal["lora_bias", "bias", "modules_to_save", "base_weight"]
 
-_DTYPES = {
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 _FACTOR_KEY = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_[AB])")
 _IGNORED_SEGMENT = "lora_velora_embed"  # state of VeLoRA's backward pass
@@ -281,11 +277,15 @@ class Adapter:
         Raises:
             AdapterError: Names the file and the tensor.
         """
-        for module in self.modules.values():
-            for key in module.factor_keys:
-                self._check_finite(key, self._get(key))
-        for extra in self.extras.values():
-            self._check_finite(extra.key, self._get(extra.key))
+        keys = [key for module in self.modules.values() for key in module.factor_keys]
+        mapped = 0
+        for key in [*keys, *(extra.key for extra in self.extras.values())]:
+            stored = self._get(key)
+            self._check_finite(key, stored)
+            mapped += stored.nbytes
+            if mapped > RELEASE_EVERY:
+                mapped = 0
+                self.release()
 
     def release(self) -> None:
         """Let go of the parts of the tensor file that were read.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import geoopt
 import torch
@@ -10,7 +11,13 @@ from torch import Tensor
 
 from manifold_merge.linalg import all_finite
 
-__all__ = ["checked_points", "checked_weights", "normalized_weights"]
+__all__ = [
+    "checked_points", "checked_weights", "normalized_weights", "refuse_class", "refuse_names",
+]  # fmt: skip
+
+
+# Points are far off a manifold where its constraint is broken by more than this.
+OFF = 5e-3
 
 
 def normalized_weights(
@@ -76,6 +83,7 @@ def checked_weights(
         >>> checked_weights(None, 2, like=torch.zeros(1)).tolist()
         [1.0, 1.0]
     """
+    refuse_names(weights)
     if weights is None:
         return torch.ones(count, dtype=like.dtype, device=like.device)
     w = torch.as_tensor(weights, dtype=like.dtype, device=like.device)
@@ -86,28 +94,55 @@ def checked_weights(
     if not negative and bool((w < 0).any()):
         raise ValueError(
             f"weights: {w.tolist()} has a negative entry, for which Σ wᵢ d² need not have a "
-            "minimum; use a chordal distance, where it has one, or weights >= 0"
+            "minimum; use a chordal distance, where it has one, or weights >= 0 (sum=True, --sum: "
+            "a sum can take an adapter away)"
         )
     return w
 
 
+def refuse_names(weights: Any, what: str = "weights") -> None:
+    """Raise ``ValueError`` if weights are a string or a mapping, in whose place a list belongs."""
+    if isinstance(weights, str | Mapping):
+        raise ValueError(
+            f"{what}: expected a list of numbers in the order of the anchors, got a "
+            f"{type(weights).__name__}; leave it out for equal weights"
+        )
+
+
+def refuse_class(manifold: Any) -> None:
+    """Raise ``ValueError`` if the class of a manifold was given in the place of an instance."""
+    if isinstance(manifold, type):
+        raise ValueError(
+            f"manifold: expected an instance, got the class {manifold.__name__}; pass "
+            f"{manifold.__name__}(...)"
+        )
+
+
 def checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Anchors as a list of finite points of one batch shape and type, without gradients.
+    """Anchors as a list of finite points of one batch shape, type and device, without gradients.
 
     Args:
         manifold: Where they live.
         points: ``(k, ..., *point)``, or a sequence of k tensors ``(..., *point)``.
 
     Raises:
-        ValueError: If there is none, or one is no point; the message numbers it.
+        ValueError: If there is none, or one is no point; the message numbers it. If the manifold
+            is a class.
 
     Example:
         >>> checked_points(geoopt.Sphere(), torch.eye(2))
         [tensor([1., 0.]), tensor([0., 1.])]
     """
+    refuse_class(manifold)
     if isinstance(points, Tensor) and points.ndim:
         anchors = list(points.detach().unbind())
     else:
+        for i, x in enumerate(points):
+            if isinstance(x, list | tuple) and any(isinstance(part, Tensor) for part in x):
+                how = "manifold.pack(B, A)" if hasattr(manifold, "pack") else "torch.stack"
+                raise ValueError(
+                    f"points[{i}]: a point is one tensor, got a {type(x).__name__}; use {how}"
+                )
         anchors = [torch.as_tensor(x).detach() for x in points]
     if not anchors:
         raise ValueError("points: at least one anchor is needed, got none")
@@ -119,6 +154,9 @@ def checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor])
             f"points: {anchors[0].dtype} has too few digits for a mean; convert the anchors to "
             "float32 or float64 and the result back"
         )
+    devices = {str(x.device) for x in anchors}
+    if len(devices) > 1:
+        raise ValueError(f"points: one device is expected, got {sorted(devices)}")
     batches = {tuple(x.shape[: x.ndim - manifold.ndim]) for x in anchors}
     if len(batches) > 1:
         raise ValueError(f"points: anchors have different batch shapes {sorted(batches)}")
@@ -131,4 +169,27 @@ def checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor])
         if not all_finite(x):
             bad = int((~x.isfinite()).sum())
             raise ValueError(f"points[{i}]: {bad} entries are NaN or infinite; repair that anchor")
+    if isinstance(points, Tensor) and not _off(manifold, points.detach()):
+        return anchors
+    for i, x in enumerate(anchors):
+        reason = _off(manifold, x)
+        if reason:
+            raise ValueError(
+                f"points[{i}] is not on {manifold}: {reason}; project it with manifold.projx"
+            )
     return anchors
+
+
+def _off(manifold: geoopt.Manifold, x: Tensor) -> str:
+    """Why points, ``(..., *point)``, are far off a manifold of geoopt's; empty where they are not.
+
+    Round-off is none of its business, and neither is low precision: half a percent is.
+    """
+    if isinstance(manifold, geoopt.SymmetricPositiveDefinite):  # without eigenvalues
+        if float((x - x.mT).abs().amax()) > OFF * float(x.abs().amax()):
+            return "it is not symmetric"
+        return "" if not bool(torch.linalg.cholesky_ex(x).info.any()) else "it is not positive"
+    if not isinstance(manifold, geoopt.Sphere | geoopt.EuclideanStiefel | geoopt.Stereographic):
+        return ""
+    ok, reason = manifold.check_point_on_manifold(x, explain=True, atol=OFF, rtol=OFF)
+    return "" if ok else str(reason)

@@ -1,4 +1,4 @@
-"""Rebase one checkpoint onto another: the same function, its units in the other's order."""
+"""Rebase one checkpoint onto another: the same function, in the other's order and bases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from manifold_merge._version import __version__
 from manifold_merge.checkpoint_symmetry import checkpoint_symmetry, read_state
 from manifold_merge.checkpoint_writer import CheckpointWriter
 from manifold_merge.checkpoints import Checkpoint, check_same_architecture
-from manifold_merge.network_align import align
+from manifold_merge.network_align import align, chosen_gauges
 from manifold_merge.symmetry import NetworkSymmetry
 
 __all__ = ["ModelAlignment", "align_models"]
@@ -52,17 +52,19 @@ def align_models(
     *,
     symmetry: NetworkSymmetry | None = None,
     method: str = "anneal",
-    rescale: bool = False,
+    rescale: bool | Literal["auto"] = "auto",
+    basis: bool | Literal["auto"] = "auto",
     starts: int = 1,
     seed: int = 0,
     allow_different_config: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelAlignment:
-    """Reorder the units of a model to bring it as close as possible to another one.
+    """Rebase a model to bring it as close as possible to another one, by symmetries alone.
 
-    The written model computes what ``model`` computes. Averages of it with ``to``, by any tool,
-    then mean something.
+    Units, heads and experts are reordered; scales of ReLU units and bases inside heads are brought
+    to those of the other. The written model computes what ``model`` computes. Averages
+    of it with ``to``, by any tool, then mean something.
 
     Args:
         model: The checkpoint that is reordered, a folder or an opened one.
@@ -71,7 +73,10 @@ def align_models(
         symmetry: The symmetry of the network; by default it is derived, with transformers, from
             the class that ``config.json`` names, and proved.
         method: See :func:`~manifold_merge.align`.
-        rescale: Bring positive scales of ReLU units to those of ``to`` as well.
+        rescale: Bring positive scales of ReLU units to those of ``to`` as well; ``"auto"``: where
+            there are any, but not those of a norm's gains.
+        basis: Bring the bases inside attention heads to those of ``to`` as well; ``"auto"``: where
+            there are any.
         starts: Starts of the matching; the closest result wins.
         seed: Seed of the starts.
         allow_different_config: Accept configurations that differ in what a model computes.
@@ -112,14 +117,16 @@ def align_models(
     symmetry = checkpoint_symmetry(moving) if symmetry is None else symmetry
     states = [read_state(x) for x in (moving, fixed)]
     found = align(
-        states[0], states[1], symmetry, method=method, rescale=rescale, starts=starts, seed=seed
-    )
+        states[0], states[1], symmetry, method=method, rescale=rescale, basis=basis, starts=starts,
+        seed=seed,
+    )  # fmt: skip
     recipe = {
         "manifold_merge": __version__,
         "model": moving.path.resolve().name,
         "to": fixed.path.resolve().name,
         "method": method,
         "rescale": rescale,
+        "basis": basis,
         "starts": starts,
         "seed": seed,
     }
@@ -128,8 +135,9 @@ def align_models(
     text = json.dumps([recipe, files, prints, symmetry.to_dict()])
     writer.write(
         lambda entry: [found.state[entry.name].reshape(-1)],
-        f"# {recipe['model']}, aligned to {recipe['to']}\n\nThe same function, its units in "
-        f"another order; made with manifold-merge {__version__}.\n\n```json\n"
+        f"# {recipe['model']}, aligned to {recipe['to']}\n\nThe same function in other "
+        f"numbers: {_what_changed(symmetry, rescale, basis)}; made with manifold-merge "
+        f"{__version__}.\n\n```json\n"
         f"{json.dumps(recipe, indent=2)}\n```\n",
         fingerprint=hashlib.sha256(text.encode()).hexdigest(),
         progress=progress,
@@ -143,3 +151,11 @@ def align_models(
         moved=sum(int((order != torch.arange(len(order))).sum()) for order in orders),
         elements=sum(len(order) for order in orders),
     )
+
+
+def _what_changed(symmetry: NetworkSymmetry, rescale: bool | str, basis: bool | str) -> str:
+    scales, bases = chosen_gauges(symmetry, rescale, basis, fisher=False, name="rescale")
+    changes = ["units in another order"]
+    changes += ["positive scales of units"] if scales else []
+    changes += ["bases inside heads"] if bases else []
+    return ", ".join(changes)

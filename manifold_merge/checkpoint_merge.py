@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -76,6 +76,8 @@ def merge_models(
     geometry: str = "euclidean",
     scope: str = "tensor",
     symmetry: NetworkSymmetry | None = None,
+    balance: bool | Literal["auto"] = "auto",
+    basis: bool | Literal["auto"] = "auto",
     statistics: Sequence[Path_] | None = None,
     damping: float = 1e-2,
     p: int = 2,
@@ -109,6 +111,8 @@ def merge_models(
             holds all models in memory.
         symmetry: For ``"permutation"``, the symmetry of the network; by default it is derived, with
             transformers, from the class that ``config.json`` names, and proved.
+        balance: For ``"permutation"``, remove positive scales of units as well; see there.
+        basis: For ``"permutation"``, remove changes of basis inside heads as well; see there.
         scope: What is one point for ``"sphere"`` and for medians: each ``"tensor"``, or the whole
             ``"model"``.
         statistics: For ``"fisher"``, one statistics file for each model, of kind ``"diagonal"``.
@@ -148,6 +152,12 @@ def merge_models(
         raise ValueError(
             f"symmetry: geometry={geometry!r} has none; leave it out, or use geometry='permutation'"
         )
+    for option, value in (("balance", balance), ("basis", basis)):
+        if value != "auto" and geometry != "permutation":
+            raise ValueError(
+                f"{option}: geometry={geometry!r} removes no symmetry; leave it out, or use "
+                "geometry='permutation'"
+            )
     if not models:
         raise ValueError("models is empty; give at least one folder")
     opened = [x if isinstance(x, Checkpoint) else Checkpoint(x) for x in models]
@@ -160,6 +170,7 @@ def merge_models(
     plan.check_statistics()
     if geometry == "permutation":
         plan.symmetry = checkpoint_symmetry(opened[0]) if symmetry is None else symmetry
+        plan.gauges = {"balance": balance, "basis": basis}
     writer = CheckpointWriter(
         output, opened[0], opened, dtype=dtype, max_shard_size=max_shard_size, overwrite=overwrite
     )
@@ -208,6 +219,7 @@ class _Plan:
     diagonals: list[DiagonalFile] | None
     reader: PartReader
     symmetry: NetworkSymmetry | None = None
+    gauges: dict[str, Any] = dataclasses.field(default_factory=dict)
     whole: Tensor | None = None
     state: dict[str, Tensor] | None = None
 
@@ -272,7 +284,9 @@ class _Plan:
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"device={str(device)!r}: no CUDA device is available here")
         diagonals = None if statistics is None else [DiagonalFile(x) for x in statistics]
-        reader = PartReader(models, diagonals or [], device, max_bytes or DEFAULT_BUDGET)
+        reader = PartReader(
+            models, diagonals or [], device, DEFAULT_BUDGET if max_bytes is None else max_bytes
+        )
         return cls(
             models, normalised("weights", weights), patterns, device=device, diagonals=diagonals,
             reader=reader, **options,
@@ -317,7 +331,7 @@ class _Plan:
             yield self.state[entry.name].reshape(-1)
             return
         if not entry.dtype.is_floating_point:
-            yield self._equal(entry)
+            yield from self._equal(entry)
             return
         weights = torch.tensor(self.weights_of(entry.name), dtype=torch.float64)
         floors: list[float] = []
@@ -377,15 +391,15 @@ class _Plan:
         path = self.diagonals[index].path if self.diagonals else ""
         return CheckpointError(f"{path}: the Fisher information of {name!r} {why}")
 
-    def _equal(self, entry: TensorEntry) -> Tensor:
-        stored = [model.read(entry.name).reshape(-1) for model in self.models]
+    def _equal(self, entry: TensorEntry) -> Iterator[Tensor]:
         counter = entry.name.endswith("num_batches_tracked")
-        if not counter and not all(torch.equal(stored[0], x) for x in stored[1:]):
-            raise CheckpointError(
-                f"tensor {entry.name!r} holds {entry.dtype} numbers, which have no mean, and they "
-                "differ between the models; merge models with the same"
-            )
-        return stored[0]
+        for (first, *others), _ in self.reader.stored(entry.name):
+            if not counter and not all(torch.equal(first, x) for x in others):
+                raise CheckpointError(
+                    f"tensor {entry.name!r} holds {entry.dtype} numbers, which have no mean, and "
+                    "they differ between the models; merge models with the same"
+                )
+            yield first
 
     def _bad_values(self, entry: TensorEntry) -> CheckpointError:
         for model in self.models:
@@ -434,7 +448,7 @@ class _Plan:
         assert self.symmetry is not None
         states = [read_state(model) for model in self.models]
         self.release()
-        merge = merge_networks(states, self.symmetry, self.weights, p=self.p)
+        merge = merge_networks(states, self.symmetry, self.weights, p=self.p, **self.gauges)
         if not merge.solution.converged:
             logger.warning("merge of networks: %s", merge.solution.message)
         self.state = merge.state
@@ -455,6 +469,7 @@ class _Plan:
             "scope": self.scope,
             "p": self.p,
             **({"damping": self.damping} if self.diagonals else {}),
+            **self.gauges,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         }
 

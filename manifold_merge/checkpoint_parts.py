@@ -83,12 +83,33 @@ class PartReader:
         for entry in entries:
             kind = torch.promote_types(kind, entry.dtype) if entry.dtype.itemsize > 1 else kind
         kind = torch.float32 if self.device.type == "mps" else kind  # which has no float64
+        buffer = torch.empty(
+            len(entries), min(self.chunk, entries[0].numel), dtype=kind, device=self.device
+        )
+        for stored, beside in self.stored(name, fisher):
+            part = buffer[:, : len(stored[0])]
+            for x, place in zip(stored, part, strict=True):
+                place.copy_(x)
+            yield part, beside
+
+    def stored(
+        self, name: str, fisher: bool = False
+    ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Parts of one tensor as they are in the files: views, not to be written to or kept.
+
+        Args:
+            name: Of the tensor.
+            fisher: Whether its Fisher information is wanted too.
+
+        Yields:
+            k views ``(entries,)``, and k views ``(entries,)`` of the information or none.
+        """
+        entries = [model.tensors[name] for model in self.models]
         chunk, size = self.chunk, entries[0].numel
         # Fisher information is stored in float32 as a rule, in float64 at most.
         each = sum(entry.dtype.itemsize for entry in entries) + 8 * fisher * len(self.diagonals)
         stored: list[Tensor] = []
         beside: list[Tensor] = []
-        buffer = torch.empty(len(entries), min(chunk, size), dtype=kind, device=self.device)
         for start in range(0, size, chunk):
             count = min(chunk, size - start)
             if self._mapped and self._mapped + each * count > self.max_bytes // 2:
@@ -99,10 +120,8 @@ class PartReader:
                 files = self.diagonals if fisher else []
                 beside = [file.read(name).reshape(-1) for file in files]
             self._mapped += each * count
-            part = buffer[:, :count]
-            for x, place in zip(stored, part, strict=True):
-                place.copy_(x[start : start + count])
-            yield part, [f[start : start + count] for f in beside]
+            here = slice(start, start + count)
+            yield [x[here] for x in stored], [f[here] for f in beside]
 
     def release(self) -> None:
         """Let go of the files."""

@@ -159,6 +159,7 @@ class Checkpoint:
                     f"{self.path} is no .safetensors file; save the model with safetensors (a "
                     "pickle can run code when it is loaded)"
                 )
+            self._refuse_adapter([self.path.name])
             return [self.path.name], None
         index = self.folder / INDEX_NAME
         if index.is_file():
@@ -179,13 +180,9 @@ class Checkpoint:
         if (self.folder / WEIGHTS_NAME).is_file():
             return [WEIGHTS_NAME], None
         others = sorted(self.folder.glob("*.safetensors"))
+        self._refuse_adapter([x.name for x in others])
         if len(others) == 1:
             return [others[0].name], None
-        if (self.folder / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"{self.folder} is a LoRA adapter; merge adapters with merge_adapters or "
-                "manifold-merge adapters"
-            )
         pickled = [x for x in ("pytorch_model.bin", "pytorch_model.bin.index.json")
                    if (self.folder / x).is_file()]  # fmt: skip
         if pickled:
@@ -198,6 +195,15 @@ class Checkpoint:
             f"{self.folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}; is this the folder of a "
             "model?"
         )
+
+    def _refuse_adapter(self, files: list[str]) -> None:
+        """Raise where the tensors are factors of LoRA, whose entries have no mean."""
+        configured = (self.folder / "adapter_config.json").is_file()
+        if "adapter_model.safetensors" in files or (configured and not self.path.is_file()):
+            raise CheckpointError(
+                f"{self.folder} is a LoRA adapter; merge adapters with merge_adapters or "
+                "manifold-merge adapters"
+            )
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:

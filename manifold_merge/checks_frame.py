@@ -19,6 +19,7 @@ import geoopt
 import torch
 from torch import Tensor
 
+from manifold_merge.anchors import refuse_class
 from manifold_merge.checks_report import (
     CheckReport,
     ContractViolation,
@@ -387,6 +388,7 @@ def check_manifold(
         >>> report["gradient"].status
         'passed'
     """
+    refuse_class(manifold)
     tolerances = dict(tolerances or {})
     for argument, names in {"laws": laws or (), "skip": skip, "tolerances": tolerances}.items():
         unknown = [name for name in names if name not in LAWS]

@@ -21,6 +21,11 @@ from manifold_merge.checks_laws import descend
 from manifold_merge.checks_report import Measurement, claim
 from manifold_merge.checks_slopes import velocity
 
+LINEAR = (
+    "random_gauge must be linear: it is applied to tangent vectors too; a translation group is "
+    "tested with skip=('gauge_invariance', 'gauge_equivariance')"
+)
+
 
 def _hook(sample: Sample, name: str) -> Callable[..., Any] | None:
     """A method that only quotient manifolds have, None where this one lacks it."""
@@ -62,7 +67,8 @@ def check_representatives(sample: Sample) -> Iterator[Measurement]:
 
 @register_law(
     "gauge_invariance",
-    remedy="build inner and dist from quantities that no change of representative can alter",
+    remedy="build inner and dist from quantities that no change of representative can alter; "
+    + LINEAR,
 )
 def check_gauge_invariance(sample: Sample) -> Iterator[Measurement]:
     """Inner products, norms and distances are those of the classes: <g u, g v>_gx == <u, v>_x."""
@@ -82,7 +88,7 @@ def check_gauge_invariance(sample: Sample) -> Iterator[Measurement]:
 
 @register_law(
     "gauge_equivariance",
-    remedy="every vector returned must move with the representative as points do",
+    remedy="every vector returned must move with the representative as points do; " + LINEAR,
 )
 def check_gauge_equivariance(sample: Sample) -> Iterator[Measurement]:
     """Projections, gradients, steps, logarithms and transports commute with a change of gauge."""

@@ -215,7 +215,7 @@ def adapters(
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
         options: dict[str, Any] = {
-            "weights": None if weights is None else parse_weights("--weights", weights),
+            "weights": None if weights is None else parse_weights("--weights", weights, folders),
             "layer_weights": parse_layer_weights(layer_weights),
             "rank": parse_rank(rank),
             "max_bytes": parse_bytes("--max-memory", max_memory),
@@ -311,7 +311,7 @@ def inspect(
 ) -> None:
     """Show what adapters hold and how well they go together."""
     with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
-        given = None if weights is None else parse_weights("--weights", weights)
+        given = None if weights is None else parse_weights("--weights", weights, folders)
         budget = parse_bytes("--max-memory", max_memory)
         from manifold_merge.adapters import Adapter
         from manifold_merge.cli_results import show_inspection

@@ -79,7 +79,8 @@ def models(
         typer.Option(
             help="euclidean, the average of weights; sphere, directions and norms averaged apart "
             "(SLERP, karcher); fisher, entries weighted by their Fisher information; permutation, "
-            "units, heads and experts brought into one order first (all models in memory).",
+            "units, heads and experts brought into one order first, ReLU units into one scale and "
+            "heads into one basis (all models in memory).",
         ),
     ] = ModelGeometry.euclidean,
     scope: Annotated[
@@ -105,6 +106,24 @@ def models(
             help="Geometric median instead of the mean: a corrupted model cannot move it far.",
         ),
     ] = False,
+    balance: Annotated[
+        bool | None,
+        typer.Option(
+            "--balance/--no-balance",
+            help="For permutation: remove positive scales of ReLU units, and of norms' gains, too. "
+            "Default: where units have them, not those of gains.",
+            show_default=False,
+        ),
+    ] = None,
+    basis: Annotated[
+        bool | None,
+        typer.Option(
+            "--basis/--no-basis",
+            help="For permutation: remove changes of basis inside attention heads too. "
+            "Default: where there are any.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         DType | None,
         typer.Option(help="Type of the written tensors. Default: that of the first model."),
@@ -125,11 +144,13 @@ def models(
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
         options: dict[str, Any] = {
-            "weights": None if weights is None else parse_weights("--weights", weights),
+            "weights": None if weights is None else parse_weights("--weights", weights, folders),
             "layer_weights": parse_layer_weights(layer_weights),
             "max_shard_size": None
             if max_shard_size is None
             else parse_bytes("--max-shard-size", max_shard_size),
+            "balance": "auto" if balance is None else balance,
+            "basis": "auto" if basis is None else basis,
             "max_bytes": None if max_memory is None else parse_bytes("--max-memory", max_memory),
         }
         for folder in folders:
@@ -184,9 +205,23 @@ def align(
     output: ModelOutput,
     method: Annotated[Method, typer.Option(help="How units are matched.")] = Method.anneal,
     rescale: Annotated[
-        bool,
-        typer.Option("--rescale", help="Bring positive scales of ReLU units to those of --to too."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--rescale/--no-rescale",
+            help="Bring positive scales of ReLU units, and of norms' gains, to those of --to too. "
+            "Default: where units have them, not those of gains.",
+            show_default=False,
+        ),
+    ] = None,
+    basis: Annotated[
+        bool | None,
+        typer.Option(
+            "--basis/--no-basis",
+            help="Bring the bases inside attention heads to those of --to too. "
+            "Default: where there are any.",
+            show_default=False,
+        ),
+    ] = None,
     starts: Annotated[int, typer.Option(min=1, help="Starts of the matching.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the starts.")] = 0,
     allow_different_config: DifferentConfig = False,
@@ -195,7 +230,7 @@ def align(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Rebase a model onto another: the same function, its units in the other's order."""
+    """Rebase a model onto another: the same function, in the other's order, scales and bases."""
     with session(as_json=as_json, quiet=quiet, debug=debug) as shell:
         from manifold_merge.checkpoint_align import align_models
 
@@ -206,7 +241,8 @@ def align(
                 to,
                 output,
                 method=method.value,
-                rescale=rescale,
+                rescale="auto" if rescale is None else rescale,
+                basis="auto" if basis is None else basis,
                 starts=starts,
                 seed=seed,
                 allow_different_config=allow_different_config,

@@ -184,8 +184,21 @@ Debug = Annotated[
 ]
 
 
-def parse_weights(option: str, text: str) -> list[float]:
-    """Read ``1,-0.5`` as numbers; errors name the option."""
+def parse_weights(option: str, text: str, folders: Sequence[Path] = ()) -> list[float]:
+    """Read ``1,-0.5`` as numbers; errors name the option.
+
+    Args:
+        option: The option's name.
+        text: What it was given.
+        folders: The arguments of the command: numbers among them that are no folders are weights
+            that were separated by spaces.
+    """
+    stray = [str(f) for f in folders if re.fullmatch(r"[\d.]+", str(f)) and not f.exists()]
+    if stray:
+        raise ValueError(
+            f"adapter folder {stray[0]} does not exist; weights are separated by commas: "
+            f"{option} {','.join([text, *stray])}"
+        )
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

@@ -169,7 +169,7 @@ def refine(
     """
     with session(as_json=as_json, quiet=quiet, debug=debug) as shell, _option_names():
         start_time = time.perf_counter()
-        given = None if weights is None else parse_weights("--weights", weights)
+        given = None if weights is None else parse_weights("--weights", weights, adapters)
         where = parse_device(device)
         import torch
 
@@ -243,11 +243,11 @@ def _show(shell: Session, result: dict[str, Any]) -> None:
     rows["mean"] = " -> ".join(f"{sum(result[k]) / count:.4f}" for k in ("before", "after"))
     shell.say("Squared functional distance (0 the same features, 1 as good as a constant)")
     shell.pairs(rows)
+    best = f"step {result['best_step']}" if result["best_step"] else "the least-squares start"
     stopped = "" if result["steps"] == recipe["steps"] else ", no progress any more"
     shell.pairs(
         {
-            "steps": f"{result['steps']} of {recipe['steps']}{stopped}; the best was "
-            f"{result['best_step']}",
+            "steps": f"{result['steps']} of {recipe['steps']}{stopped}; the best was {best}",
             "time": f"{result['seconds']:.0f} s",
         }
     )

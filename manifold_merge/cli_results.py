@@ -32,8 +32,10 @@ def show_merge(shell: Session, result: dict[str, Any], base: str | None) -> None
     distance = f" with {recipe['distance']} distance" if recipe["distance"] else ""
     why = {"given": "as asked", "sum": "the geometry of sums"}
     reason = why.get(recipe["chosen_because"], recipe["chosen_because"])
+    # Each count with its noun: "36 modules converged".
     status = ", ".join(
-        f"{count} {how.replace('_', ' ')}" for how, count in result["status"].items()
+        f"{count} {'module' if count == 1 else 'modules'} {how.replace('_', ' ')}"
+        for how, count in result["status"].items()
     )
     size = result["bytes"] / 1e6
     rows = {
@@ -57,7 +59,9 @@ def show_merge(shell: Session, result: dict[str, Any], base: str | None) -> None
     errors = [error for error in recipe.get("output_errors", ()) if error is not None]
     if errors:
         shown = ", ".join(f"{error:.2f}" for error in errors)
-        rows["errors"] = f"{shown} of leaving each adapter out, predicted for layer outputs"
+        rows["errors"] = (
+            f"{shown} predicted at layer outputs (0 none, 1 as without the adapter)"
+        )
     if result["extras"]:
         rows["modules"] += f", and {result['extras']} other tensors"
     count = len(recipe["adapters"])

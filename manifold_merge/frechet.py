@@ -17,6 +17,7 @@ from manifold_merge.collective import collective_mean
 from manifold_merge.fisher import ConstantMetric
 from manifold_merge.fisher_mean import mean_with_metrics
 from manifold_merge.implicit import differentiable
+from manifold_merge.linalg import stack_points
 from manifold_merge.newton import has_newton
 from manifold_merge.quotient import QuotientManifold
 from manifold_merge.sharded import is_sharded, sharded_mean
@@ -133,7 +134,7 @@ def frechet_mean(
         return result
     if is_sharded(points) or (not isinstance(points, Tensor) and any(map(is_sharded, points))):
         return sharded_mean(
-            manifold, [*points], weights, frechet_mean, p=p, metrics=metrics, solver=solver,
+            manifold, points, weights, frechet_mean, p=p, metrics=metrics, solver=solver,
             rank=rank, start=start, starts=starts, tolerance=tolerance,
             max_iterations=max_iterations, gauge_check=gauge_check,
         )  # fmt: skip
@@ -238,4 +239,4 @@ def _reduced(
         return manifold.reduce(anchors, rank=rank)
     if rank is not None:
         raise ValueError(f"rank: points of {manifold} have no rank to choose; leave it out")
-    return accurate(manifold), torch.stack(anchors), lambda x: x
+    return accurate(manifold), stack_points(anchors), lambda x: x

@@ -27,6 +27,7 @@ from torch import Tensor
 from manifold_merge.accurate import accurate, dist2_logmap, inner, norm
 from manifold_merge.derivatives import along, in_gradient_metric, length_scale, lower, mean_hessian
 from manifold_merge.quotient import QuotientManifold
+from manifold_merge.sharded import is_sharded
 from manifold_merge.solution import FrechetSolution
 from manifold_merge.solvers import Problem
 
@@ -62,6 +63,11 @@ def differentiable(function: Callable[P, FrechetSolution]) -> Callable[P, Freche
         if given.get("process_group") is not None:
             raise NotImplementedError(
                 "process_group=: no gradient through means over processes; call frechet_mean under "
+                "torch.no_grad(), or detach the points"
+            )
+        if any(map(is_sharded, tensors)):
+            raise NotImplementedError(
+                "points: no gradient through means of DTensors; call frechet_mean under "
                 "torch.no_grad(), or detach the points"
             )
         if given.get("metrics") is not None or given.get("rank") is not None:

@@ -18,6 +18,7 @@ __all__ = [
     "integrate",
     "matrix_exp",
     "principal_sqrt",
+    "stack_points",
     "symmetric_sylvester",
 ]
 
@@ -85,6 +86,18 @@ def broadcast_shapes(*shapes: Sequence[int]) -> torch.Size:
     if torch.compiler.is_compiling():
         return torch.Size(torch.broadcast_shapes(*shapes))
     return torch.Size(np.broadcast_shapes(*map(tuple, shapes)))
+
+
+def stack_points(points: Sequence[Tensor]) -> Tensor:
+    """Points of one shape, ``(k, ..., *point)``.
+
+    Raises:
+        ValueError: If their shapes differ; the message lists them.
+    """
+    shapes = {tuple(x.shape) for x in points}
+    if len(shapes) > 1:
+        raise ValueError(f"points: one shape is expected, of a start too; got {sorted(shapes)}")
+    return torch.stack(list(points))
 
 
 def principal_sqrt(x: Tensor, *, iterations: int = 40) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def param_groups(
         ``{"params": [(name, parameter), ...]}`` if any are left.
 
     Raises:
-        ValueError: If the metric or distance is unknown.
+        ValueError: If the metric or distance is unknown, or all parameters are frozen.
 
     Example:
         >>> import torch
@@ -58,6 +58,10 @@ def param_groups(
         ['bias'] None
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad or not trainable}
+    if not named and any(True for _ in model.parameters()):
+        raise ValueError(
+            "param_groups: no parameter requires grad; unfreeze some, or pass trainable=False"
+        )
     groups: list[dict[str, Any]] = []
     for name_b, name_a in lora_pairs(named):
         b, a = as_matrices(named[name_b], named[name_a])

@@ -135,6 +135,11 @@ def merge_adapters(
         >>> merged.recipe["geometry"], merged.modules["q"][0].shape
         ('lifted', torch.Size([8, 2]))
     """
+    if isinstance(adapters, str | os.PathLike | Adapter):
+        raise ValueError(
+            f"adapters: expected a list of folders, got a {type(adapters).__name__}; write "
+            f"[{str(getattr(adapters, 'path', adapters))!r}]"
+        )
     opened = [x if isinstance(x, Adapter) else Adapter(x) for x in adapters]
     plan = MergePlan.make(
         opened, weights=weights, layer_weights=layer_weights, geometry=geometry,

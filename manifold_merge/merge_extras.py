@@ -10,6 +10,7 @@ from torch import Tensor
 
 from manifold_merge.adapter_sets import group_modules
 from manifold_merge.adapters import Adapter
+from manifold_merge.anchors import refuse_names
 from manifold_merge.frechet import frechet_mean, normalized_weights
 from manifold_merge.lift import pairwise_inner
 from manifold_merge.lora import LoRAQuotient
@@ -108,6 +109,7 @@ def check_weights(
 ) -> None:
     """Raise ``ValueError`` if weights are not as many, or not such, as they have to be."""
     where = "weights" if what == "weights" else f"layer_weights[{what!r}]"
+    refuse_names(given, where)
     if len(given) != count:
         raise ValueError(f"{where}: expected {count}, one for each adapter; got {len(given)}")
     try:

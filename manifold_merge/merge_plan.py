@@ -151,12 +151,15 @@ class MergePlan:
                 self.geometry = "fisher"
                 # Least squares: no other geometry, rank or scale has a lower predicted error.
                 self.reason = "statistics of every adapter: least predicted error of outputs"
+            elif len(self.adapters) == 1 and self.distance is None:
+                self.geometry, self.distance = "embedded", "chordal"  # it is its own mean
+                self.reason = "there is one adapter"
             elif close or self.distance is not None:
                 self.geometry = "mixed"
                 self.reason = f"{said}: variants of one task" if close else "distance was given"
             else:
                 self.geometry = "lifted"
-                self.reason = f"{said}: different tasks"
+                self.reason = f"{said}: far apart, as adapters of different tasks are"
             if self.p == 1 and self.geometry == "lifted":
                 self.geometry, self.reason = "embedded", f"{said}, median"
         else:
@@ -169,6 +172,8 @@ class MergePlan:
         elif self.distance is None and self.geometry != "lifted":
             # The median needs many iterations, which only chords make cheap.
             self.distance = "exact" if close and self.p == 2 else "chordal"
+            if self.reason == "given":
+                self.reason = f"geometry was given; {said}"
         logger.info("geometry %s (%s)", self.geometry, self.reason)
 
     # --- modules ---------------------------------------------------------------------------------

@@ -41,6 +41,23 @@ class AdapterMerge:
     gauge_residual: float | None
     output: Path | None
 
+    def __repr__(self) -> str:
+        """One line; tensors and the whole recipe are left to the attributes."""
+        rows = [
+            ("geometry", f"{self.recipe['geometry']} ({self.recipe['chosen_because']})"),
+            ("closeness", f"{self.closeness:.2f}"),
+            ("modules", str(self.modules_merged)),
+            ("status", ", ".join(f"{v} {k}" for k, v in self.status.items())),
+        ]
+        if self.extras:
+            rows.append(("extras", str(len(self.extras))))
+        if self.paths:
+            rows.append(("logarithms", ", ".join(f"{v} {k}" for k, v in self.paths.items())))
+        if self.gauge_residual is not None:
+            rows.append(("gauge residual", f"{self.gauge_residual:.2e}"))
+        rows.append(("output", "in memory" if self.output is None else str(self.output)))
+        return "AdapterMerge(" + "; ".join(f"{k}: {v}" for k, v in rows) + ")"
+
 
 @dataclasses.dataclass
 class Tally:

@@ -46,6 +46,7 @@ _UNSUPPORTED = {
     "name": "mergekit does not use it either; leave it out",
 }
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
+_YES_OR_NO = ("normalize", "int8_mask")
 
 Settings = Mapping[str, Any]
 
@@ -124,19 +125,18 @@ class MergekitRecipe:
         if isinstance(setting, Mapping):
             setting = [setting]
         if not isinstance(setting, list):
-            return self._number(setting, key)
+            return _number(self.path, setting, key)
         if not setting or not isinstance(setting[0], Mapping):
             return self._at_depth(setting, key, tensor, t)
         for condition in setting:
-            _check_keys(self.path, condition, ("filter", "value"), f"parameters.{key}")
             wanted = condition.get("filter")
-            if wanted is None or wanted == "*" or str(wanted) in tensor:
-                return self._value(condition.get("value"), key, tensor, t)
+            if wanted is None or wanted == "*" or wanted in tensor:
+                return self._value(condition["value"], key, tensor, t)
         return None
 
     def _at_depth(self, values: list[Any], key: str, tensor: str, t: float | None) -> Any:
         """A list is a gradient: its values stand at equal distances over the layers."""
-        numbers = [self._number(x, key) for x in values]
+        numbers = [_number(self.path, x, key) for x in values]
         if len(set(numbers)) == 1:
             return numbers[0]
         if not numbers:
@@ -144,30 +144,16 @@ class MergekitRecipe:
         if t is None:
             raise MergekitError(
                 f"{self.path}: parameters.{key} changes over the layers, and it cannot be told how "
-                f"deep tensor {tensor!r} is, as there are several stacks of layers; give it a "
-                f"value of its own with - filter: {tensor}"
+                f"deep tensor {tensor!r} is: there are several stacks of layers, or more layers "
+                f"than config.json says; give it a value of its own with - filter: {tensor}"
             )
         place = t * (len(numbers) - 1)
         before = min(int(place), len(numbers) - 1)
         after = min(before + 1, len(numbers) - 1)
         share = place - before
-        if any(isinstance(x, bool) for x in numbers):
+        if key in _YES_OR_NO:
             return numbers[before]
         return (1 - share) * numbers[before] + share * numbers[after]
-
-    def _number(self, value: Any, key: str) -> Any:
-        if isinstance(value, bool):
-            return value
-        try:  # YAML reads 1e-3 as a text
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
-            raise MergekitError(
-                f"{self.path}: parameters.{key}: expected a number, a list of numbers, or a list "
-                f"of - filter: ..., value: ...; got {value!r}"
-            )
-        return number
 
 
 def read_mergekit(path: str | os.PathLike[str]) -> MergekitRecipe:
@@ -215,14 +201,14 @@ def read_mergekit(path: str | os.PathLike[str]) -> MergekitRecipe:
     slices = _slices(file, document, base, method)
     models = tuple(source.model for source in slices[0].sources)
     for number, part in enumerate(slices):
-        if tuple(source.model for source in part.sources) != models:
+        if {source.model for source in part.sources} != set(models):
             raise MergekitError(
                 f"{file}: slices[{number}] has other models than slices[0]; slices of different "
                 "models make a new architecture, which is no mean"
             )
     shared = METHODS[method][0] + METHODS[method][1]
     parameters = _parameters(file, document, shared, method, "parameters")
-    if len(set(models)) < len(models):
+    if any(len({source.model for source in x.sources}) < len(x.sources) for x in slices):
         raise MergekitError(f"{file}: a model is listed twice; list it once and add the weights")
     if method in ("slerp", "task_arithmetic") and base is None:
         raise MergekitError(f"{file}: merge_method {method} needs base_model: ...")
@@ -250,9 +236,16 @@ def _check_keys(file: Path, given: Any, known: Sequence[str], where: str) -> Non
 
 
 def _method(file: Path, name: Any) -> str:
+    if not isinstance(name, str):
+        raise MergekitError(
+            f"{file}: merge_method: expected one of {', '.join(METHODS)}, got {name!r}"
+        )
     if name in METHODS:
-        return str(name)
-    remedy = _ELSEWHERE.get(name, _TRANSFORMS)
+        return name
+    if name.lower() in METHODS:
+        remedy = f"write {name.lower()}"
+    else:
+        remedy = _ELSEWHERE.get(name, _TRANSFORMS)
     raise MergekitError(
         f"{file}: merge_method {name!r} is not supported ({', '.join(METHODS)} are); {remedy}"
     )
@@ -340,7 +333,45 @@ def _parameters(
                 f"{file}: {where} has {key!r}, which merge_method {method} does not have here "
                 f"(it has {', '.join(known) or 'none there'}){remedy or '; leave it out'}"
             )
+        _check_setting(file, given[key], key)
     return dict(given)
+
+
+def _check_setting(file: Path, setting: Any, key: str) -> None:
+    """Raise unless this is a value, a list of values, or a list of conditions, all of them."""
+    conditions = [setting] if isinstance(setting, Mapping) else setting
+    if not isinstance(conditions, list) or not any(isinstance(x, Mapping) for x in conditions):
+        for value in conditions if isinstance(conditions, list) else [conditions]:
+            _number(file, value, key)
+        return
+    for condition in conditions:
+        _check_keys(file, condition, ("filter", "value"), f"parameters.{key}")
+        wanted, value = condition.get("filter"), condition.get("value")
+        if not isinstance(wanted, str | None):
+            raise MergekitError(
+                f"{file}: parameters.{key}: filter: expected a part of the names of tensors, such "
+                f"as mlp, got {wanted!r}; write one - filter: ..., value: ... for each"
+            )
+        for number in value if isinstance(value, list) else [value]:
+            _number(file, number, key)
+
+
+def _number(file: Path, value: Any, key: str) -> Any:
+    """A number, or true or false where that is meant."""
+    if key in _YES_OR_NO:
+        if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
+            return bool(value)
+        raise MergekitError(f"{file}: parameters.{key}: expected true or false, got {value!r}")
+    try:  # YAML reads 1e-3 as a text
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise MergekitError(
+            f"{file}: parameters.{key}: expected a number, a list of numbers, or a list "
+            f"of - filter: ..., value: ...; got {value!r}"
+        )
+    return number
 
 
 def _model(file: Path, where: str, given: Any) -> str | None:

@@ -170,7 +170,8 @@ def _weights(recipe: MergekitRecipe, name: str, part: Slice, t: float | None) ->
         given = [w / total for w in given]
     if arithmetic:  # base + λ Σ wᵢ (xᵢ - base)
         given = [of("lambda", 1.0) * w for w in given]
-        given = [1 - sum(given), *given]
+        own = 1 - sum(given)
+        given = [0.0 if abs(own) < 1e-9 else own, *given]  # 0.7 + 0.2 + 0.1 is not 1
     elif abs(sum(given) - 1) > 1e-6:
         raise MergekitError(
             f"{recipe.path}: normalize: false with weights of sum {sum(given):.6g} for tensor "

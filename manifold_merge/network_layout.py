@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from manifold_merge.assignment import inverse_permutation
 from manifold_merge.network_gauges import matrix_gauges
+from manifold_merge.network_sites import Block, Order, Route, Site, acted, any_meet, route_to
 from manifold_merge.symmetry import NetworkSymmetry, PermutedSet, Placement, SymmetryElement
 
 __all__ = [
@@ -23,10 +21,6 @@ __all__ = [
     "shapes_of",
 ]
 
-# What a set does to the network: nothing, a permutation (count,), or a soft one (count, count).
-# What a change of basis does: nothing, or a matrix (d, d), orthogonal, or a contraction if soft.
-Order = Tensor | None
-
 
 def is_running_statistic(name: str) -> bool:
     """Whether a tensor of a state dict is a statistic of a normalisation, not a parameter.
@@ -36,95 +30,6 @@ def is_running_statistic(name: str) -> bool:
         (True, False)
     """
     return name.rsplit(".", 1)[-1] in ("running_mean", "running_var", "num_batches_tracked")
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive entries of the vector: one tensor, or several of one shape stacked.
-
-    Attributes:
-        names: Names in the state dict; more than one for a stack of whole tensors.
-        shape: Shape of the block, with a first dimension for the stack if it is one.
-        offset: Where it begins in the vector.
-        stacked: Whether it is a stack.
-    """
-
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    offset: int
-    stacked: bool
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Site:
-    """One axis of one block along which the elements of a set lie.
-
-    Attributes:
-        owner: Index of the set.
-        block: Index of the block.
-        axis: The axis of the block, counted from its end (negative): dimensions in front are batch.
-        count: Number of elements.
-        index: Positions of each element along the axis, ``(count, width)``; ``None`` if they fill
-            it in order.
-        within: ``(axis, position)`` pairs, axes counted from the end, that restrict the action.
-    """
-
-    owner: int
-    block: int
-    axis: int
-    count: int
-    index: Tensor | None
-    within: tuple[tuple[int, int], ...]
-
-    def restrict(self, array: Tensor) -> Tensor:
-        """The part of a block that the site covers, as a view of the same number of dimensions."""
-        for axis, position in self.within:
-            array = array.narrow(axis, position, 1)
-        return array
-
-    def rows(self, array: Tensor) -> Tensor:
-        """The entries of each element, ``(count, entries)``, of a block ``(..., *shape)``."""
-        part = self.restrict(array)
-        if self.index is not None:
-            part = part.index_select(self.axis, self.index.reshape(-1).to(part.device))
-        return part.movedim(self.axis, 0).reshape(self.count, -1)
-
-    def act(self, array: Tensor, order: Order, *, transpose: bool = False) -> Tensor:
-        """Reorder the elements of a block ``(..., *shape)``: element e becomes element order[e].
-
-        A soft order mixes them. ``transpose`` applies the inverse, or the transpose if soft.
-        """
-        if order is None:
-            return array
-        if order.ndim == 1:
-            order = inverse_permutation(order) if transpose else order
-            if self.index is None and not self.within and array.shape[self.axis] == self.count:
-                return array.index_select(self.axis, order)
-        elif transpose:
-            order = order.mT
-        part = self.restrict(array)
-        picked = part
-        if self.index is not None:
-            flat = self.index.reshape(-1).to(part.device)
-            picked = part.index_select(self.axis, flat)
-        moved = picked.movedim(self.axis, 0)
-        rows = moved.reshape(self.count, -1)
-        rows = rows[order] if order.ndim == 1 else order @ rows
-        new = rows.reshape(moved.shape).movedim(0, self.axis)
-        if self.index is None and not self.within:
-            return new
-        result = array.clone()
-        target = self.restrict(result)
-        if self.index is None:
-            target.copy_(new)
-        else:
-            target.index_copy_(self.axis, flat, new)
-        return result
 
 
 class NetworkLayout:
@@ -181,8 +86,9 @@ class NetworkLayout:
         self.by_set: list[list[Site]] = [[] for _ in self.sets]
         self._place_sites()
         # A set that meets itself in one entry enters the score as a square.
-        self.linear = tuple(not _any_meet(sites) for sites in self.by_set)
+        self.linear = tuple(not any_meet(sites) for sites in self.by_set)
         self.children = self._children()
+        self._routes: dict[tuple[int, int, bool, int | None], Route] = {}
 
     def _place_blocks(self) -> None:
         stacks = [
@@ -308,9 +214,75 @@ class NetworkLayout:
         """Reorder the elements of each set of a network ``(..., N)``; soft orders mix them."""
         arrays = self.views(vector)
         for number, sites in enumerate(self.by_block):
-            for site in sites:
-                arrays[number] = site.act(arrays[number], orders[site.owner])
+            arrays[number] = acted(sites, arrays[number], orders)
         return self.join(arrays)
+
+    def rows_after(
+        self,
+        array: Tensor,
+        site: Site,
+        orders: Sequence[Order],
+        *,
+        back: bool,
+        skip: int | None = None,
+    ) -> Tensor:
+        """Rows of a site of its block, ``(count, entries)``, once other sites have acted.
+
+        Args:
+            array: The block, ``(..., *shape)``.
+            site: The site.
+            orders: The orders of all sets.
+            back: The sites after this one act, by transposed orders, last first; otherwise those
+                before it.
+            skip: A set that does not act where ``back``.
+        """
+        route = self._route(site, back, skip)
+        if route.near is not None:
+            array = array.index_select(site.axis, route.near.to(array.device))
+        array = acted(route.first, array, orders, transpose=back, owned=route.near is not None)
+        if route.pick is not None:
+            array = array.index_select(site.axis, route.pick.to(array.device))
+        owned = route.near is not None or route.pick is not None
+        array = acted(route.last, array, orders, transpose=back, owned=owned)
+        return site.restrict(array).movedim(site.axis, 0).reshape(site.count, -1)
+
+    def rows_of_basis(
+        self,
+        array: Tensor,
+        site: Site,
+        orders: Sequence[Order],
+        memory: dict[int, tuple[list[Order], Tensor]],
+    ) -> Tensor:
+        """As :meth:`rows_after`, ``back``, for a basis: with one array for all bases of a block.
+
+        Bases of different heads do not reach each other's rows, so that what acts on all of them is
+        computed once, and again when an order has changed.
+
+        Args:
+            array: The block, ``(..., *shape)``.
+            site: The site of a basis.
+            orders: The orders of all sets.
+            memory: The arrays of blocks, with the orders that they were made with.
+        """
+        route = self._route(site, True, None)
+        if any(other.owner < self.gauges for other in (*route.first, *route.last)):
+            return self.rows_after(array, site, orders, back=True)
+        acting = [s for s in reversed(self.by_block[site.block]) if s.owner >= self.gauges]
+        used = [orders[other.owner] for other in acting]
+        known = memory.get(site.block)
+        if known is None or any(a is not b for a, b in zip(known[0], used, strict=True)):
+            known = memory[site.block] = (used, acted(acting, array, orders, transpose=True))
+        return site.rows(known[1])
+
+    def _route(self, site: Site, back: bool, skip: int | None) -> Route:
+        sites = self.by_block[site.block]
+        here = next(i for i, other in enumerate(sites) if other is site)
+        key = (site.block, here, back, skip)
+        if key not in self._routes:
+            acting = [s for s in reversed(sites[here + 1 :]) if s.owner != skip]
+            shape = self.blocks[site.block].shape
+            self._routes[key] = route_to(site, acting if back else sites[:here], shape)
+        return self._routes[key]
 
     def symmetrized(self, vector: Tensor) -> Tensor:
         """The average of a vector ``(..., N)`` over all permutations of the sets.
@@ -349,27 +321,6 @@ class NetworkLayout:
         for a, b in zip(first, moved, strict=True):
             result.append(b if a is None else a if b is None else a[b])
         return result
-
-
-def _any_meet(sites: Sequence[Site]) -> bool:
-    """Whether two of some sites share an entry."""
-    return any(_meet(a, b) for i, a in enumerate(sites) for b in sites[:i])
-
-
-def _meet(a: Site, b: Site) -> bool:
-    if a.block != b.block:
-        return False
-    first, second = _reach(a), _reach(b)
-    return all(
-        first[axis] is None or second[axis] is None or bool(first[axis] & second[axis])  # type: ignore[operator]
-        for axis in {*first} & {*second}
-    )
-
-
-def _reach(site: Site) -> dict[int, set[int] | None]:
-    """Positions of a site along the axes that it names; ``None`` for all of them."""
-    along = None if site.index is None else set(site.index.reshape(-1).tolist())
-    return {site.axis: along, **{axis: {position} for axis, position in site.within}}
 
 
 def named_element(layout: NetworkLayout, orders: Sequence[Order]) -> SymmetryElement:

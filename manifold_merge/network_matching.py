@@ -21,7 +21,8 @@ from manifold_merge.network_gauges import (
     random_isometry,
     softened_isometry,
 )
-from manifold_merge.network_layout import NetworkLayout, Order, Site, _any_meet
+from manifold_merge.network_layout import NetworkLayout
+from manifold_merge.network_sites import Order, Site, acted, any_meet
 
 __all__ = ["METHODS", "Matching", "anneal", "coordinate_descent", "frank_wolfe", "uniform_orders"]
 
@@ -64,10 +65,12 @@ class Matching:
         self.source = layout.views(source)
         self.unary = {layout.names.index(name): u for name, u in (unary or {}).items()}
         self.like = source
+        self._memory: dict[int, tuple[list[Order], Tensor]] = {}
 
     def aim(self, target: Tensor) -> None:
         """Exchange φ, ``(c, N)``."""
         self.target = self.layout.views(target)
+        self._memory = {}
 
     def score_matrix(self, number: int, orders: Sequence[Order]) -> Tensor:
         """What the score gains from each pair of elements of a set, ``(count, count)``.
@@ -78,32 +81,24 @@ class Matching:
         count = self.layout.counts[number]
         total = self.unary.get(number)
         for site in self.layout.by_set[number]:
-            target, source = self._before_and_after(site, orders)
-            term = site.rows(target) @ site.rows(source).mT
+            term = self._rows_of(site, orders) @ self._rows_of(site, orders, source=True).mT
             total = term if total is None else total + term
         return self.like.new_zeros(count, count) if total is None else total
 
-    def _before_and_after(
-        self, site: Site, orders: Sequence[Order], skip: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """φ taken back through the sites after one, and ψ moved through the sites before it."""
-        target, source = self.target[site.block], self.source[site.block]
-        sites = self.layout.by_block[site.block]
-        here = next(i for i, other in enumerate(sites) if other is site)
-        for other in sites[:here]:
-            source = other.act(source, orders[other.owner])
-        for other in reversed(sites[here + 1 :]):
-            if other.owner != skip:
-                target = other.act(target, orders[other.owner], transpose=True)
-        return target, source
+    def _rows_of(
+        self, site: Site, orders: Sequence[Order], *, source: bool = False, skip: int | None = None
+    ) -> Tensor:
+        """Rows of φ taken back through the sites after one, or of ψ moved through those before."""
+        array = (self.source if source else self.target)[site.block]
+        if not source and skip is None and site.owner < self.layout.gauges:
+            return self.layout.rows_of_basis(array, site, orders, self._memory)
+        return self.layout.rows_after(array, site, orders, back=not source, skip=skip)
 
     def score(self, orders: Sequence[Order]) -> float:
         """The whole score of some orders, soft or hard."""
         total = 0.0
         for number, sites in enumerate(self.layout.by_block):
-            source = self.source[number]
-            for site in sites:
-                source = site.act(source, orders[site.owner])
+            source = acted(sites, self.source[number], orders)
             total += float((self.target[number] * source).sum(dtype=torch.float64))
         for number, scores in self.unary.items():
             total += float(value_of(scores, orders[number]))
@@ -194,9 +189,8 @@ class Matching:
         total = self.like.new_zeros(self.layout.counts[child], self.layout.counts[child])
         pairs = zip(self.layout.by_set[child], self.layout.by_set[other], strict=True)
         for site, twin in pairs:
-            target = self._before_and_after(site, here, skip=parent)[0]
-            source = self._before_and_after(twin, there, skip=parent)[1]
-            total += site.rows(target) @ twin.rows(source).mT
+            ours = self._rows_of(site, here, skip=parent)
+            total += ours @ self._rows_of(twin, there, source=True).mT
         return total
 
     def nested(self, number: int) -> bool:
@@ -218,7 +212,7 @@ class Matching:
     def _coupled(self, number: int) -> bool:
         """Whether sets inside one element of a set share entries."""
         return any(
-            _any_meet([site for child in each for site in self.layout.by_set[child]])
+            any_meet([site for child in each for site in self.layout.by_set[child]])
             for each in self.layout.children[number]
         )
 
@@ -326,6 +320,8 @@ def _improve(matching: Matching, number: int, orders: list[Order]) -> bool:
     soft = not is_hard(layout, number, old)
     gain = float(value_of(scores, order) - now)
     if not soft and not gain > rounding:
+        if number < layout.gauges and layout.linear[number] and gain > -rounding:
+            orders[number] = order  # a turn by ε gains ε²: it is right to more digits than its gain
         return False
     trial = list(orders)
     trial[number] = order

@@ -22,6 +22,9 @@ __all__ = ["NetworkMerge", "merge_networks"]
 
 # Names of responses among the parameters; no module can have one.
 _RESPONSES = "responses: "
+# Permutations are found in finitely many steps, bases in ever smaller ones. A gradient of this
+# share of the networks' distance leaves an objective that is right to its square.
+BASIS_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,14 @@ class NetworkMerge:
     solution: FrechetSolution
     permutations: tuple[dict[str, Tensor], ...]
     aligned: tuple[dict[str, Tensor], ...]
+
+    def __repr__(self) -> str:
+        """One line; tensors are left to the attributes."""
+        return (
+            f"NetworkMerge(networks: {len(self.aligned)}; tensors: {len(self.state)}; "
+            f"permuted sets: {len(self.permutations[0]) if self.permutations else 0}; "
+            f"{self.solution})"
+        )
 
 
 def merge_networks(
@@ -110,6 +121,10 @@ def merge_networks(
     """
     if not states:
         raise ValueError("states: at least one network is needed, got none")
+    for i, state in enumerate(states):
+        if not isinstance(state, Mapping):
+            kind = type(state).__name__
+            raise ValueError(f"states[{i}]: got a {kind}; pass network.state_dict()")
     checked_layout(symmetry, {f"states[{i}]": state for i, state in enumerate(states)})
     shares = normalized_weights(weights, len(states), like=torch.zeros(1, dtype=torch.float64))
     if shares.ndim != 1:
@@ -119,7 +134,9 @@ def merge_networks(
         symmetry, balance, basis, fisher=fisher is not None, name="balance"
     )
     balancing = [balancing_element(s, symmetry, scales=scales, bases=bases) for s in states]
-    full = [apply_gauges(s, symmetry, e) for s, e in zip(states, balancing, strict=True)]
+    # Half precision is left once and entered once.
+    wide = [{name: _widened(t) for name, t in s.items()} for s in states]
+    full = [apply_gauges(s, symmetry, e) for s, e in zip(wide, balancing, strict=True)]
     extended, packed = symmetry, full
     if responses is not None:
         if len(responses) != len(states):
@@ -138,40 +155,50 @@ def merge_networks(
         metric = quotient.symmetrize(fisher)
         quotient = NetworkQuotient(extended, shapes, fisher=metric, **options)  # type: ignore[arg-type]
     points = torch.stack([quotient.layout.pack(s) for s in packed]).detach()
-    if points.dtype in (torch.float16, torch.bfloat16):
-        points = points.float()
     quotient, points, _ = quotient.reduce(list(points))  # the memory survives the mean
+    tolerance = max(BASIS_TOLERANCE, torch.finfo(points.dtype).eps ** (2 / 3)) if bases else None
     solution = frechet_mean(
-        quotient, points, shares.to(points), solver="karcher", p=p, max_iterations=max_iterations
-    )
+        quotient, points, shares.to(points), solver="karcher", p=p, tolerance=tolerance,
+        max_iterations=max_iterations,
+    )  # fmt: skip
     orders = quotient.recall(solution.point, points)
     elements = [named_element(quotient.layout, each) for each in orders]
     aligned = tuple(symmetry.apply(s, e) for s, e in zip(full, elements, strict=True))
     mean = {
-        name: t.to(states[0][name].dtype)
+        name: t.to(wide[0][name].dtype)
         for name, t in quotient.unpack(solution.point).items()
         if name in states[0]
     }
     merged = {**mean, **_other_entries(aligned, shares, mean)}
     # Gauges act linearly: mean and aligned networks go to those of the network that stayed.
-    stayed = next((i for i, e in enumerate(elements) if _is_identity(e)), None)
-    if stayed is not None and balancing[stayed]:
-        back = inverse_gauges(balancing[stayed])
-        merged = apply_gauges(merged, symmetry, back)
-        aligned = tuple(apply_gauges(each, symmetry, back) for each in aligned)
+    # Its bases may have turned a little with the mean; of several the longest is taken, as there.
+    stayed = [i for i, each in enumerate(elements) if _keeps_order(each)]
+    if stayed and any(balancing):
+        held = max(stayed, key=lambda i: float(points[i].double().square().sum()))
+        for turned in (elements[held].gauges, balancing[held]):
+            back = inverse_gauges(turned)
+            merged = apply_gauges(merged, symmetry, back)
+            aligned = tuple(apply_gauges(each, symmetry, back) for each in aligned)
     for name, original in symmetry.aliases.items():
         if name in states[0]:
             merged[name] = merged[original]
     return NetworkMerge(
-        state={name: merged[name].clone() for name in states[0]},
+        state={name: merged[name].to(t.dtype, copy=True) for name, t in states[0].items()},
         solution=solution,
         permutations=tuple(dict(e.permutations) for e in elements),
-        aligned=aligned,
+        aligned=tuple(
+            {name: each[name].to(t.dtype) for name, t in given.items()}
+            for each, given in zip(aligned, states, strict=True)
+        ),
     )
 
 
-def _is_identity(element: SymmetryElement) -> bool:
-    return not element.gauges and all(
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _keeps_order(element: SymmetryElement) -> bool:
+    return all(
         torch.equal(order, torch.arange(len(order))) for order in element.permutations.values()
     )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from manifold_merge.accurate import accurate
+from manifold_merge.anchors import refuse_names
 from manifold_merge.frechet import normalized_weights
 from manifold_merge.linalg import all_finite
 from manifold_merge.lora import LoRAQuotient
@@ -123,11 +124,15 @@ class FrechetMean(torch.optim.Optimizer):
     ) -> None:
         if float(lr) < 0:
             raise ValueError(f"lr: the fraction of the way must be >= 0, got {float(lr)}")
+        single = isinstance(anchors, Mapping | nn.Module) and not isinstance(anchors, nn.ModuleList)
+        if single or not (anchors is None or hasattr(anchors, "__len__")):
+            raise ValueError(f"anchors: expected a list, got a {type(anchors).__name__}")
         if anchors is not None and not len(anchors):
             raise ValueError("anchors: at least one is needed, got none")
         self._sources = None if anchors is None else list(anchors)
         self._points: list[list[_Point]] = []
         self._used = 0
+        refuse_names(weights)
         if weights is not None:
             weights = torch.as_tensor(weights, dtype=torch.float64).tolist()
         #: Σ wᵢ d²(x, xᵢ), summed over all points, before the last step.

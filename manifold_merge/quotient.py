@@ -25,7 +25,7 @@ import torch
 from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
-from manifold_merge.linalg import broadcast_shapes
+from manifold_merge.linalg import broadcast_shapes, stack_points
 
 __all__ = ["QuotientManifold", "squared_distance"]
 
@@ -122,6 +122,9 @@ class QuotientManifold(geoopt.Manifold):
     discrete (permutations, signs) that is all. If it is continuous they also write ``_horizontal``,
     the orthogonal projection onto the horizontal space, and ``random_vertical``. Any other method
     may be overridden where a faster or more accurate formula than the total manifold's is known.
+
+    ``random_gauge`` must be linear: it is applied to tangent vectors too. A group of translations
+    is tested with ``check_manifold(..., skip=("gauge_invariance", "gauge_equivariance"))``.
 
     The group must act on the total manifold by isometries; otherwise distances between classes are
     not defined. :func:`manifold_merge.checks.check_manifold` tests that, and every other law.
@@ -238,7 +241,8 @@ class QuotientManifold(geoopt.Manifold):
             NotImplementedError: If the subclass does not say how its group acts.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} does not say how its group acts: write random_gauge"
+            f"{type(self).__name__} does not say how its group acts: add random_gauge(self, x, *, "
+            "generator=None, condition=10.0), returning a function y -> g y"
         )
 
     def random_representative(
@@ -342,7 +346,8 @@ class QuotientManifold(geoopt.Manifold):
         self, *size: Any, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any
     ) -> Tensor:
         """Draw a random representative of the given shape, ``(..., *point)``."""
-        return self.total.random(*size, dtype=dtype, device=device, **kwargs)
+        x = self.total.random(*size, dtype=dtype, device=device, **kwargs)
+        return geoopt.ManifoldTensor(x.as_subclass(Tensor), manifold=self)
 
     # --- what a Fréchet mean asks of a manifold --------------------------------------------------
 
@@ -393,11 +398,11 @@ class QuotientManifold(geoopt.Manifold):
             takes its points back to this manifold.
 
         Raises:
-            ValueError: If a rank is given where points have none.
+            ValueError: If a rank is given where points have none, or shapes differ.
         """
         if rank is not None:
             raise ValueError(f"rank: points of {self} have no rank to choose; leave it out")
-        return self, torch.stack(list(points)), lambda x: x
+        return self, stack_points(points), lambda x: x
 
     def relative_difference(self, x: Tensor, y: Tensor) -> Tensor:
         """How much two classes differ, in units that do not depend on their size; batch shape."""

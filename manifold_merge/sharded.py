@@ -83,7 +83,7 @@ def total_over_mesh(value: Tensor, like: Any) -> Tensor:
 
 def sharded_mean(
     manifold: geoopt.Manifold,
-    points: Sequence[Any],
+    points: Any,
     weights: Sequence[float] | Tensor | None,
     solve: Any,
     *,
@@ -95,7 +95,7 @@ def sharded_mean(
 
     Args:
         manifold: ``geoopt.Euclidean``.
-        points: k DTensors ``(..., *point)``, all split alike.
+        points: k DTensors ``(..., *point)``, all split alike, or one ``(k, ..., *point)``.
         weights: ``(k,)``.
         solve: ``frechet_mean``.
         p: 2, or 1 with ``ndim=0``.
@@ -108,6 +108,11 @@ def sharded_mean(
     Raises:
         ValueError: If the geometry looks at whole tensors, or the anchors are not split alike.
     """
+    if is_sharded(points) and any(x.is_shard(0) for x in points.placements):
+        raise ValueError(
+            f"points: {_how(points)} spreads the anchors over processes, not their entries; split "
+            "another dimension, or pass to_local() with process_group="
+        )
     anchors = list(points)
     first = next(x for x in anchors if is_sharded(x))
     diagonal = metrics is not None and all(isinstance(m, FisherEuclidean) for m in metrics)
@@ -144,7 +149,9 @@ def sharded_mean(
         raise ValueError(
             f"points[{i}]: {int(bad[i])} entries are NaN or infinite; repair that anchor"
         )
-    own = None if metrics is None else [_local_fisher(m, first) for m in metrics]
+    own = None
+    if metrics is not None:
+        own = [_local_fisher(f"metrics[{i}]", m, first) for i, m in enumerate(metrics)]
     if not len(local[0]):  # nothing of a tensor of few rows is here; any number will do
         local = [x.new_zeros(1, 1) for x in local]
         own = None if own is None else [x.new_ones(1, 1) for x in own]
@@ -153,10 +160,16 @@ def sharded_mean(
     return _wrapped(found, first, ndim)
 
 
-def _local_fisher(metric: FisherEuclidean, like: Any) -> Tensor:
+def _local_fisher(label: str, metric: FisherEuclidean, like: Any) -> Tensor:
     fisher = metric.fisher
     if fisher.shape != like.shape:
-        fisher = fisher.expand(like.shape)
+        try:
+            fisher = fisher.expand(like.shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{label}: Fisher information of shape {tuple(fisher.shape)} does not fit an "
+                f"anchor of shape {tuple(like.shape)}; collect it from that anchor"
+            ) from error
     return local_part(fisher, like).reshape(-1, 1)
 
 

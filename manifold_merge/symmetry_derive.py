@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -47,8 +48,8 @@ def symmetry_of(
         The symmetry group, proved for this model.
 
     Raises:
-        SymmetryError: If something that was derived changes the function, or if parameters are
-            not used; the message names them.
+        SymmetryError: If there are no example inputs, if something that was derived changes the
+            function, or if parameters are not used; the message names them.
 
     Example:
         >>> import torch
@@ -59,6 +60,13 @@ def symmetry_of(
         gauge groups
           0.scale  R+(8)  0.weight[0], 0.bias[0], 2.weight[1]^-T
     """
+    if not inputs and not options:
+        try:
+            inspect.signature(model.forward).bind()
+        except TypeError as error:
+            raise SymmetryError(
+                f"inputs: give example inputs, symmetry_of(model, x): {error} of model.forward"
+            ) from error
     prover = Prover(model, inputs, options, output)
     found = trace(prover.model, prover.inputs, prover.options, output)
     sets, gauges, frozen = build(found)

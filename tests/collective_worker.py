@@ -92,6 +92,8 @@ def cases() -> dict[str, Case]:
         "sphere, weights each": Case(SPHERE, sphere, each),
         "sphere, no batch": Case(SPHERE, sphere[:, 0], None, 1),
         "sphere, more batch": Case(SPHERE, sphere[:4].reshape(2, 2, 3, 4), None, 1),
+        # The first process is at its own anchor, and the second has one beyond the cut locus.
+        "opposite points": Case(SPHERE, torch.stack((sphere[0], -sphere[0])), None, 1),
         "sphere median": Case(SPHERE, opposite, None, 4, {"p": 1}),
         "positive definite": Case(SPD, spd, weights, 1),
         "positive definite median": Case(SPD, spd[:3, :1], None, 1, {"p": 1}),
@@ -228,7 +230,9 @@ def wrong(rank: int) -> dict[str, Callable[[Any], Any]]:
         },
         "curvature": lambda g: mean(g, points / 2, manifold=geoopt.PoincareBall(1.0 + at_fault)),
         "subspace": lambda g: mean(
-            g, manifold=geoopt.Sphere(torch.eye(4)[:, : 3 + at_fault].double())
+            g,
+            unit(torch.nn.functional.pad(points[..., :3], (0, 1))),
+            manifold=geoopt.Sphere(torch.eye(4)[:, : 3 + at_fault].double()),
         ),
         "size of information": lambda g: mean(
             g, manifold=LINE, metrics=[FisherEuclidean(torch.ones(3 if at_fault else 4), 1)] * 2

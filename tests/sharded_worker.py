@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from manifold_merge import (
     param_groups,
 )
 
+# What one process waits for another: a mistake is an error then, and no hang.
+PATIENCE = datetime.timedelta(seconds=60)
 WEIGHTS = [1.0, 2.0, 0.5]
 
 
@@ -90,7 +93,7 @@ def whole(x: Any) -> Tensor:
 def error_of(call: Any) -> str:
     try:
         call()
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         return str(error)
     return "no error"
 
@@ -103,7 +106,7 @@ def main(rank: int, folder: Path) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
-                            world_size=2)  # fmt: skip
+                            world_size=2, timeout=PATIENCE)  # fmt: skip
     mesh = init_device_mesh("cpu", (2,))
     seen: dict[str, Any] = {}
     hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
@@ -121,6 +124,12 @@ def main(rank: int, folder: Path) -> None:
             found = mean_of(name, split)
             assert type(found.point).__name__ == "DTensor"
             assert found.converged, found.message
+            if "metrics" not in MEANS[name][2]:  # one tensor, its entries split
+                manifold, shape, options = MEANS[name]
+                moved = [x if x.is_replicate() else Shard(x.dim + 1) for x in placements]
+                stacked = distribute_tensor(torch.stack(anchors(*shape)), over, moved)
+                found_too = frechet_mean(manifold, stacked, **options)
+                assert torch.equal(whole(found_too.point), whole(found.point))
             seen[f"{name}, {way}"] = (whole(found.point), whole(found.objective),
                                       whole(found.gradient_norm))  # fmt: skip
 
@@ -157,6 +166,15 @@ def main(rank: int, folder: Path) -> None:
         "nan": error_of(
             lambda: frechet_mean(flat, [x[0], distribute_tensor(bad, mesh, [Shard(0)])])
         ),
+        "anchors": error_of(
+            lambda: frechet_mean(
+                flat, distribute_tensor(torch.stack(anchors(4, 3)), mesh, [Shard(0)])
+            )
+        ),
+        "information": error_of(
+            lambda: frechet_mean(flat, x, metrics=[FisherEuclidean(torch.ones(5, 3))] * 3)
+        ),
+        "gradient": error_of(lambda: frechet_mean(flat, [x[0], x[1].clone().requires_grad_()])),
         "start": error_of(lambda: frechet_mean(flat, x, start=x[0])),
         "group": error_of(lambda: frechet_mean(flat, x, process_group=dist.group.WORLD)),
         "pair": error_of(lambda: FrechetMean(param_groups(model), anchors=[model])),

@@ -349,6 +349,23 @@ def test_values_that_are_not_finite(value: float, dtype: torch.dtype, tmp_path: 
     adapter.factors("layer.1.query")
 
 
+def test_validating_lets_go_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that were read count as memory: a large adapter is let go of on the way."""
+    bad = torch.ones(5, 2)
+    bad[3, 1] = torch.nan
+    released = []
+    release = Adapter.release
+    monkeypatch.setattr(Adapter, "release", lambda x: (released.append(x), release(x)))
+    adapter = Adapter(write_plain(tmp_path / "good", {}, {}))
+    adapter.validate()
+    assert not released
+    monkeypatch.setattr("manifold_merge.adapters.RELEASE_EVERY", 1)
+    adapter.validate()
+    assert len(released) == 2 * len(adapter.modules) + len(adapter.extras)
+    with pytest.raises(AdapterError, match="earlier checkpoint"):
+        Adapter(write_plain(tmp_path / "bad", {}, {B: bad})).validate()
+
+
 def test_finite_values_whose_sum_overflows_pass(tmp_path: Path) -> None:
     adapter = Adapter(write_plain(tmp_path, {}, {B: torch.full((5, 2), 3e38)}))
     adapter.validate()

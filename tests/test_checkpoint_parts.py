@@ -15,7 +15,7 @@ from test_cli import run
 
 from manifold_merge import merge_models
 from manifold_merge.checkpoint_parts import LEAST_CHUNK, PartReader
-from manifold_merge.checkpoints import Checkpoint
+from manifold_merge.checkpoints import Checkpoint, CheckpointError
 from manifold_merge.statistics_file import DiagonalFile, Statistics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,6 +74,21 @@ def test_the_budget_does_not_change_the_mean(geometry: str, tmp_path: Path) -> N
         torch.testing.assert_close(value, found[1][name], rtol=1e-6, atol=1e-6)
 
 
+def test_integers_are_compared_part_by_part(tmp_path: Path) -> None:
+    ids = torch.arange(SIZE)
+    for name in ("a", "b", "other"):
+        (tmp_path / name).mkdir()
+        tensors = {"w": torch.ones(2), "ids": ids + (ids == SIZE - 1) * (name == "other")}
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    merged = merge_models([tmp_path / "a", tmp_path / "b"], tmp_path / "out", max_bytes=1)
+    assert torch.equal(load_file(merged.output / "model.safetensors")["ids"], ids)
+    opened = [Checkpoint(tmp_path / name) for name in ("a", "b")]
+    reader = PartReader(opened, [], torch.device("cpu"), 1)
+    assert [len(one) for (one, _), _ in reader.stored("ids")] == [LEAST_CHUNK] * 5 + [7]
+    with pytest.raises(CheckpointError, match=r"'ids' holds torch\.int64 numbers"):
+        merge_models([tmp_path / "a", tmp_path / "other"], tmp_path / "no", max_bytes=1)
+
+
 def test_information_comes_with_its_part(tmp_path: Path) -> None:
     opened = [Checkpoint(x) for x in models(tmp_path, 2, w=SIZE)]
     files = [DiagonalFile(x) for x in diagonals(tmp_path, 2, SIZE)]
@@ -87,6 +102,7 @@ def test_information_comes_with_its_part(tmp_path: Path) -> None:
     ("options", "text"),
     [
         ({"max_bytes": -1}, "max_bytes: expected a positive number of bytes, got -1"),
+        ({"max_bytes": 0}, "max_bytes: expected a positive number of bytes, got 0"),
         ({"max_bytes": 5, "geometry": "permutation"}, "holds all models in memory"),
     ],
 )
@@ -141,6 +157,7 @@ def test_the_peak_is_within_the_budget(tmp_path: Path) -> None:
         found: int = json.loads(done.stdout)
         return found
 
-    budget, beside = 8_000_000, 4_000_000
+    # Beside it: what the allocator keeps, and pages that come along with those that are read.
+    budget, beside = 8_000_000, 8_000_000
     assert peak(budget) < budget + beside
     assert peak(10**9) > 75_000_000  # without it, both files count: the test can fail

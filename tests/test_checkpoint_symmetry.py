@@ -82,6 +82,48 @@ def test_command_line(tmp_path: Path) -> None:
     assert document["recipe"]["geometry"] == "permutation"
 
 
+OPTIONS = [
+    ([], "auto", "bases inside heads"),
+    (["--no-basis"], False, "units in another order;"),
+    (["--basis"], True, "bases inside heads"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("given", "basis", "card"), OPTIONS)
+def test_bases_can_be_kept(given: list[str], basis: bool | str, card: str, tmp_path: Path) -> None:
+    one, model = saved(tmp_path / "a", tiny_transformers.gpt2, 0)
+    two, _ = saved(tmp_path / "b", tiny_transformers.gpt2, 1)
+    shown = run("align", two, "--to", one, "-o", tmp_path / "c", "--json", *given)
+    assert shown.exit_code == 0, shown.stderr
+    document = json.loads(shown.stdout)
+    assert (document["recipe"]["basis"], document["recipe"]["rescale"]) == (basis, "auto")
+    assert card in (tmp_path / "c" / "README.md").read_text()
+    expected = align_models(two, one, tmp_path / "d", basis=basis)
+    assert document["distance_after"] == expected.distance_after
+    shown = run("models", one, two, "--geometry", "permutation", "-o", tmp_path / "m", *given)
+    assert shown.exit_code == 0, shown.stderr
+    merged = merge_models([one, two], tmp_path / "n", geometry="permutation", basis=basis)
+    assert merged.recipe["basis"] == basis
+    found, wanted = (load_file(tmp_path / x / "model.safetensors") for x in "mn")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    type(model).from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--basis", "removes no symmetry"),
+        ("--balance", "removes no symmetry"),
+    ],
+)
+def test_gauges_belong_to_permutations(option: str, message: str, tmp_path: Path) -> None:
+    one, _ = saved(tmp_path / "a", tiny_transformers.gpt2, 0)
+    shown = run("models", one, one, "-o", tmp_path / "m", option)
+    assert shown.exit_code != 0
+    assert message in " ".join(shown.stderr.split())
+
+
 def test_nan_names_the_checkpoint(tmp_path: Path) -> None:
     one, _ = saved(tmp_path / "a", tiny_transformers.gpt2, 0)
     two, _ = saved(tmp_path / "b", tiny_transformers.gpt2, 1)

@@ -14,7 +14,7 @@ import torch
 from checks_examples import Directions, ProjectiveSpace, Sphere, broken, scaled_by
 
 import manifold_merge
-from manifold_merge import checks
+from manifold_merge import QuotientManifold, checks
 from manifold_merge.accurate import accurate
 from manifold_merge.checks import (
     LAWS,
@@ -367,6 +367,34 @@ def test_the_shape_must_be_known():
     with pytest.raises(ValueError, match="pass shape="):
         check_manifold(ThreeDimensional())
     assert check_manifold(ThreeDimensional(), shape=(2, 2, 2), laws=["gradient"]).passed
+
+
+def test_a_class_is_no_manifold():
+    with pytest.raises(ValueError, match=r"got the class Sphere; pass Sphere\("):
+        check_manifold(geoopt.Sphere)
+
+
+class Torus(QuotientManifold):
+    """Angles modulo whole turns: a discrete group that acts by translations."""
+
+    name = "Torus"
+
+    def __init__(self):
+        super().__init__(geoopt.Euclidean(ndim=1))
+
+    def _align(self, x, y):
+        return y + 2 * torch.pi * torch.round((x - y) / (2 * torch.pi))
+
+    def random_gauge(self, x, *, generator=None, condition=10.0):
+        return lambda y: y + 4 * torch.pi
+
+
+def test_translations_break_two_laws_whose_remedy_says_why():
+    laws = ("gauge_invariance", "gauge_equivariance")
+    report = check_manifold(Torus(), shape=(2,), raise_on_failure=False)
+    assert report.failed == laws
+    assert all("random_gauge must be linear" in report[law].remedy for law in laws)
+    assert "representatives" in check_manifold(Torus(), shape=(2,), skip=laws).passed
 
 
 def test_the_manifold_and_the_global_generator_are_left_alone():

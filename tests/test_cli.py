@@ -72,7 +72,7 @@ def test_merge_writes_what_the_library_writes(two: list[Path], tmp_path: Path) -
         "different tasks",
         "0.5, 0.5",
         "3 of rank 4 to 6",
-        "3 converged",
+        "3 modules converged",
         f"Wrote {tmp_path / 'out'} (float32, ",
     ):
         assert said in result.stdout
@@ -296,6 +296,11 @@ ERRORS: dict[str, tuple[Callable[[list[Path]], None] | None, list[str], list[str
     "missing": (_fewer, ["--missing", "error"], ["adapt different modules", "--missing zero"]),
     "weights-number": (None, ["--weights", "1,1,1"], ["--weights: expected 2", "got 3"]),
     "weights-text": (None, ["--weights", "1;2"], ["--weights: expected numbers", "'1;2'"]),
+    "weights-spaces": (
+        None,
+        ["--weights", "1", "2", "3"],
+        ["folder 2 does not exist", "separated by commas: --weights 1,2,3"],
+    ),
     "weights-sign": (
         None,
         ["--weights", "1,-2"],

@@ -29,6 +29,7 @@ from manifold_merge import (
     LoRAQuotient,
     NetworkSymmetry,
     PermutationQuotient,
+    align,
     frechet_mean,
     lifted_mean,
     merge_adapters,
@@ -263,6 +264,45 @@ def test_networks(networks, device: str):
     on_device = [{k: v.to(device) for k, v in state.items()} for state in states]
     found = merge_networks(on_device, symmetry).state
     assert all(same(found[key], expected[key]) for key in expected)
+
+
+class Attention(nn.Module):
+    """One layer of attention and ReLU units: heads with bases, units with scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.up, self.down = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(self.inner(x, x, x, need_weights=False)[0])))
+
+
+@pytest.fixture
+def heads() -> tuple[list[nn.Module], NetworkSymmetry]:
+    """Two of them, and their symmetry, which is found on the CPU."""
+    torch.manual_seed(0)
+    nets = [Attention() for _ in range(2)]
+    return nets, symmetry_of(nets[0], torch.randn(2, 5, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["anneal"])
+def test_heads_with_bases(method: str, heads, device: str):
+    nets, symmetry = heads
+    assert {"general_linear", "positive"} <= {gauge.kind for gauge in symmetry.gauges}
+    states = [dict(net.state_dict()) for net in nets]
+    on_device = [{k: v.to(device) for k, v in state.items()} for state in states]
+    options: dict[str, Any] = {"method": method, "steps": 3}
+    pairs = [
+        (
+            merge_networks(s, symmetry, **options).state,
+            align(s[1], s[0], symmetry, **options).state,
+        )
+        for s in (on_device, states)
+    ]
+    for found, expected in zip(*pairs, strict=True):
+        assert all(same(found[key], expected[key], 1e-3) for key in expected)
 
 
 # --- training ------------------------------------------------------------------------------------

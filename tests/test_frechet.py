@@ -306,6 +306,22 @@ MISUSE = {
     "starts": ([SPHERE, POINTS], {"starts": "all"}, ValueError, "starts must be"),
     "rank": ([SPHERE, POINTS], {"rank": 1}, ValueError, "no rank to choose"),
     "gauge": ([SPHERE, POINTS], {"gauge_check": True}, ValueError, "no gauge"),
+    "class": ([geoopt.Sphere, POINTS], {}, ValueError, r"got the class Sphere; pass Sphere\("),
+    "factors": (
+        [LoRAQuotient(5, 4), [(PAIRS[0, :5], PAIRS[0, 5:].mT)]],
+        {},
+        ValueError,
+        r"points\[0\]: .* got a tuple; use manifold\.pack\(B, A\)",
+    ),
+    "shapes": (
+        [SPHERE, [torch.eye(3)[0], torch.eye(2)[0]]],
+        {},
+        ValueError,
+        r"one shape is expected.*\(2,\), \(3,\)",
+    ),
+    "devices": ([SPHERE, [POINTS[0], POINTS[0].to("meta")]], {}, ValueError, "'cpu', 'meta'"),
+    "named weights": ([SPHERE, POINTS, "uniform"], {}, ValueError, "weights: .* got a str"),
+    "weights by name": ([SPHERE, POINTS, {"a": 1}], {}, ValueError, "weights: .* got a dict"),
     "no closed form": ([SPHERE, POINTS], {"solver": "closed_form"}, ValueError, "use 'karcher'"),
     "no logmap": ([Bare(), POINTS], {"solver": "karcher"}, NotImplementedError, "conjugate_grad"),
     "blind": ([Blind(), POINTS], {}, NotImplementedError, "neither logmap nor dist"),
@@ -323,6 +339,28 @@ def test_misuse_is_told(case):
     arguments, options, error, message = MISUSE[case]
     with pytest.raises(error, match=message):
         frechet_mean(*arguments, **options)
+
+
+OFF = {
+    "Sphere": (geoopt.Sphere(), 3 * torch.eye(3), "norm"),
+    "PoincareBall": (geoopt.PoincareBall(), 2 * torch.eye(2), "norm lies out of the bounds"),
+    "asymmetric": (geoopt.SymmetricPositiveDefinite(), torch.ones(2, 3, 3).triu(), "not symmetric"),
+    "negative": (geoopt.SymmetricPositiveDefinite(), -torch.eye(3).expand(2, 3, 3), "not positive"),
+    "Stiefel": (geoopt.EuclideanStiefel(), torch.ones(2, 4, 2), "X.T X != I"),
+}
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("name", OFF)
+def test_points_off_the_manifold_are_refused(name, stacked):
+    manifold, points, message = OFF[name]
+    with pytest.raises(ValueError, match=rf"points\[0\] is not on .*{message}.*projx"):
+        frechet_mean(manifold, points if stacked else list(points))
+
+
+def test_single_precision_is_not_off_the_manifold():
+    points = torch.nn.functional.normalize(torch.randn(5, 300), dim=-1) * (1 + 1e-4)
+    assert bool(frechet_mean(geoopt.Sphere(), points).converged)
 
 
 def test_a_differentiable_distance_is_enough():

@@ -129,6 +129,18 @@ def test_auto_tells_variants_from_tasks(close, tmp_path):
     tasks = merge_adapters([close[0], adapter(tmp_path / "other", seed=7)])
     assert tasks.recipe["geometry"] == "lifted"
     assert "different tasks" in tasks.recipe["chosen_because"]
+    assert repr(tasks).startswith("AdapterMerge(geometry: lifted (least pairwise cosine")
+    assert "modules: 3; status: 3 converged" in repr(tasks)
+    assert len(repr(tasks)) < 300
+    assert "tensor" not in repr(tasks)
+
+
+def test_one_adapter_is_its_own_mean(tmp_path):
+    path = adapter(tmp_path / "a")
+    merged = merge_adapters([path])
+    assert merged.recipe["chosen_because"] == "there is one adapter"
+    for name, w in products(merged).items():
+        torch.testing.assert_close(w, Adapter(path).delta_weight(name))
 
 
 RANKS = [(None, 7), ("full", 7), (2, 2), (4, 4)]
@@ -241,6 +253,7 @@ BAD = {
     "lifted median": (2, {"geometry": "lifted", "p": 1}, "geometry='embedded'"),
     "scale": (2, {"scale": float("nan")}, "scale: expected a finite number"),
     "too few weights": (2, {"weights": [1.0]}, "weights: expected 2, one for each adapter; got 1"),
+    "named weights": (2, {"weights": {"a": 1}}, "weights: expected a list of .* got a dict"),
     "NaN weight": (2, {"weights": [1.0, float("nan")]}, "finite"),
     "negative": (2, {"weights": [1.0, -0.5]}, "negative entry"),
     "zero sum": (2, {"weights": [0.0, 0.0]}, "the sum must be positive"),
@@ -258,6 +271,13 @@ def test_misuse_leaves_no_output(tmp_path, count, options, match):
     with pytest.raises(ValueError, match=match):
         merge_adapters(paths, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path, Adapter], ids=["str", "Path", "Adapter"])
+def test_one_folder_is_no_list(tmp_path, kind):
+    path = adapter(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"adapters: expected a list .* write \['.*a'\]"):
+        merge_adapters(kind(path))
 
 
 def test_nan_is_found_before_any_work(tmp_path):

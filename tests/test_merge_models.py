@@ -438,6 +438,18 @@ def test_errors(case: str, three: list[Path], tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("as_file", [False, True])
+def test_adapters_are_no_models(as_file: bool, tmp_path: Path) -> None:
+    """Averaging their factors entry by entry is what this library is there to prevent."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file({"lora_A": torch.ones(2, 3)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text("{}")
+    given = folder / "adapter_model.safetensors" if as_file else folder
+    with pytest.raises(CheckpointError, match="is a LoRA adapter; merge adapters with"):
+        merge_models([given, given], tmp_path / "out")
+
+
 def test_different_configurations_can_be_accepted(three: list[Path], tmp_path: Path) -> None:
     _heads(three)
     merge_models(three, tmp_path / "out", allow_different_config=True)

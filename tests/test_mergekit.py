@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,15 @@ def test_a_recipe_is_a_call_of_merge_models(
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-12, atol=1e-12, msg=name)
 
 
+def test_the_base_may_have_no_share(recipe: Write) -> None:
+    """1 - (0.2 + 0.4 + 0.3 + 0.1) is -2e-16: round-off is not taken for a negative weight."""
+    models = [{"model": x, "parameters": {"weight": w}}
+              for x, w in zip("wxyz", (0.2, 0.4, 0.3, 0.1), strict=True)]  # fmt: skip
+    document = {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
+    (weights,) = set(mergekit_weights(read_mergekit(recipe(document)), NAMES, {}).values())
+    assert weights == (0, 0.2, 0.4, 0.3, 0.1)
+
+
 def test_three_by_hand(recipe: Write, three: dict[str, Path], tmp_path: Path) -> None:
     document = {"merge_method": "linear", "models": of(a=1, b=2, c=1)}
     found = read(merge_mergekit(recipe(document), tmp_path / "out").output)
@@ -255,6 +265,35 @@ REFUSED = {
         {"merge_method": "linear", "slices": [{"sources": [{"model": "a", "layer_range": [3]}]}]},
         "slices[0].sources[0].layer_range: expected [first, last + 1], got [3]",
     ),
+    "method of another kind": (
+        {"merge_method": ["linear"], "models": of("a")}, "merge_method: expected one of linear"
+    ),
+    "capitals": ({**SLERP, "merge_method": "SLERP"}, "write slerp"),
+    "negative t": ({**SLERP, "parameters": {"t": -0.1}}, "t: expected 0 to 1, got -0.1"),
+    "t of one layer": ({**SLERP, "parameters": {"t": [0, 2]}}, "t: expected 0 to 1, got 1.33"),
+    "zeros": ({"merge_method": "linear", "models": of(a=0, b=0)}, "have no positive sum"),
+    "true": ({"merge_method": "linear", "models": of(a=True, b=1)}, "number, a list of numbers"),
+    "false in quotes": (
+        {"merge_method": "linear", "models": of(a=1, b=1), "parameters": {"normalize": "false"}},
+        "parameters.normalize: expected true or false, got 'false'",
+    ),
+    "several filters": (
+        {**SLERP, "parameters": {"t": [{"filter": ["mlp", "attn"], "value": 1}, {"value": 0}]}},
+        "filter: expected a part of the names of tensors, such as mlp, got ['mlp', 'attn']",
+    ),
+    "a condition that is not reached": (
+        {**SLERP, "parameters": {"t": [{"value": 0}, {"filtre": "mlp", "value": 1}]}},
+        "parameters.t has the key 'filtre'",
+    ),
+    "a value that is not used": (
+        {"merge_method": "linear", "models": of(a=1, b=1), "parameters": {"weight": "much"}},
+        "parameters.weight: expected a number",
+    ),
+    "twice in a slice": (
+        {"merge_method": "linear", "parameters": {"weight": 1},
+         "slices": [{"sources": [{"model": "a", "layer_range": WHOLE}] * 2}]},
+        "listed twice",
+    ),
     "residual": (
         {"merge_method": "linear", "slices": [both(WHOLE, residual_weight=0.5)]},
         "slices[0] has the key 'residual_weight'",
@@ -311,6 +350,20 @@ def test_a_depth_that_is_not_known(recipe: Write) -> None:
     two = ["encoder.layer.0.w", "decoder.layer.0.w"]
     with pytest.raises(MergekitError, match=r"how deep tensor 'encoder\.layer\.0\.w' is"):
         mergekit_weights(read_recipe, two, {})
+    with pytest.raises(MergekitError, match=r"or more layers than config\.json says"):
+        mergekit_weights(read_recipe, ["model.layers.4.w"], {"num_hidden_layers": 4})
+
+
+def test_the_closest_scope_counts(recipe: Write) -> None:
+    """That of the model, of the slice, of all; a slice of one layer takes the last value."""
+    first = both([0, 1], parameters={"weight": 1})
+    first["sources"][0]["parameters"] = {"weight": [7, 3]}
+    document = {"merge_method": "linear", "slices": [first, both([1, 4])],
+                "parameters": {"weight": 9}}  # fmt: skip
+    weights = mergekit_weights(read_mergekit(recipe(document)), NAMES, {"num_hidden_layers": 4})
+    assert weights["model.layers.0.mlp.up_proj.weight"] == (0.75, 0.25)
+    assert weights["model.layers.1.mlp.up_proj.weight"] == (0.5, 0.5)
+    assert weights["model.embed_tokens.weight"] == (7 / 8, 1 / 8)
 
 
 def test_the_command(recipe: Write, three: dict[str, Path], tmp_path: Path) -> None:
@@ -371,13 +424,26 @@ ORACLE = {
                         "models": of(b=0.3, c=0.5)},
     "slerp": {**SLERP, "parameters": {"t": [{"filter": "self_attn", "value": [0, 0.5, 1]},
                                             {"value": 0.4}]}},
+    "slerp, base last": {**SLERP, "models": of("b", "a"), "parameters": {"t": [0.1, 0.4]}},
+    "slices": {"merge_method": "linear", "slices": [
+        {"sources": [{"model": "a", "layer_range": [0, 1], "parameters": {"weight": 1}},
+                     {"model": "b", "layer_range": [0, 1], "parameters": {"weight": [3, 1]}}]},
+        {"sources": [{"model": "b", "layer_range": [1, 3], "parameters": {"weight": [1, 2]}},
+                     {"model": "a", "layer_range": [1, 3]}],
+         "parameters": {"weight": [{"filter": "mlp", "value": [5, 1, 2, 7]}, {"value": 0.5}]}},
+    ]},
+    "task arithmetic, of the base too": {
+        "merge_method": "task_arithmetic", "base_model": "a", "models": of(a=0.9, b=0.3, c=1),
+        "parameters": {"normalize": True, "lambda": "5e-1"}},
+    "karcher, base not listed": {"merge_method": "karcher", "base_model": "a",
+                                 "models": of("b", "c"),
+                                 "parameters": {"max_iter": 100, "tol": 1e-9}},
     "karcher": {"merge_method": "karcher", "models": of("a", "b", "c"),
                 "parameters": {"max_iter": 100, "tol": 1e-9}},
 }  # fmt: skip
 # mergekit's slerp combines the tensors with their norms, so that the shares of unequal norms
 # differ; its karcher takes arccos of float32 numbers. The differences are relative to the tensor.
-AGREE = {"linear": 1e-6, "linear by depth": 1e-6, "task arithmetic": 1e-6, "slerp": 1e-3,
-         "karcher": 5e-4}  # fmt: skip
+AGREE = {"slerp": 1e-3, "karcher": 5e-4}
 
 
 @pytest.mark.parametrize("name", ORACLE)
@@ -390,7 +456,7 @@ def test_mergekit_agrees(name: str, llamas: dict[str, Path], tmp_path: Path) -> 
 
     text = yaml.safe_dump(ORACLE[name])
     for letter, folder in llamas.items():
-        text = text.replace(f"model: {letter}\n", f"model: {folder}\n")
+        text = re.sub(rf"model: {letter}$", f"model: {folder}", text, flags=re.MULTILINE)
     (tmp_path / "recipe.yml").write_text(text)
     merged = merge_mergekit(tmp_path / "recipe.yml", tmp_path / "ours")
     configuration = MergeConfiguration.model_validate(yaml.safe_load(text))
@@ -400,4 +466,4 @@ def test_mergekit_agrees(name: str, llamas: dict[str, Path], tmp_path: Path) -> 
     assert ours.keys() == theirs.keys()
     for tensor, value in theirs.items():
         difference = float((ours[tensor] - value).norm() / value.norm())
-        assert difference < AGREE[name], (tensor, difference)
+        assert difference < AGREE.get(name.split(",")[0], 1e-6), (tensor, difference)

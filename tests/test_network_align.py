@@ -279,6 +279,9 @@ def test_alignments_of_a_merge_are_cycle_consistent(network):
     """Going from one network to the next and around brings every unit home: g₁₂ g₂₃ g₃₁ = 1."""
     states = [mlp(*WIDTHS).double().state_dict() for _ in range(3)]
     merged = merge_networks(states, SYMMETRY)
+    assert repr(merged).startswith(f"NetworkMerge(networks: {len(states)}; tensors: ")
+    assert "status: converged" in repr(merged)
+    assert "tensor(" not in repr(merged)
     for each in SYMMETRY.sets:
         to_mean = [p[each.name] for p in merged.permutations]
         cycle = torch.arange(each.count)
@@ -322,6 +325,8 @@ def test_one_network_is_its_own_mean(network):
     assert all(torch.allclose(merged.state[n], state[n]) for n in state)
     with pytest.raises(ValueError, match="at least one"):
         merge_networks([], SYMMETRY)
+    with pytest.raises(ValueError, match=r"states\[0\]: .* pass network\.state_dict\(\)"):
+        merge_networks([network], SYMMETRY)
 
 
 def test_weights_choose_between_networks(network):

@@ -437,3 +437,76 @@ def test_gains_of_norms_keep_their_scale_by_default():
     other = symmetry.transform(state, {"norm": torch.tensor([2.0, 3.0, 0.5]).double()})
     assert align(other, to=state, symmetry=symmetry).distance_after > 0.1
     assert align(other, to=state, symmetry=symmetry, rescale=True).distance_after < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_are_those_of_the_whole_block_after_all_others_acted(case):
+    """Nothing but what a site depends on is moved, and the array is left as it was."""
+    layout = NetworkLayout(CASES[case], bases=True)
+    generator = torch.Generator().manual_seed(0)
+    vector = normal(2, layout.size)
+    hard = random_orders(layout, vector, generator)
+    soft = [normal(n, n, seed=i) for i, n in enumerate(layout.counts)]
+    arrays, before = layout.views(vector), vector.clone()
+    memory = {}
+    for orders in (hard, soft):
+        for sites in layout.by_block:
+            for here, site in enumerate(sites):
+                for back in (False, True):
+                    for skip in (None, *{s.owner for s in sites[here + 1 :]}) if back else (None,):
+                        expected = arrays[site.block]
+                        for other in reversed(sites[here + 1 :]) if back else sites[:here]:
+                            if other.owner != skip:
+                                order = orders[other.owner]
+                                expected = other.act(expected, order, transpose=back)
+                        found = layout.rows_after(
+                            arrays[site.block], site, orders, back=back, skip=skip
+                        )
+                        assert torch.allclose(found, site.rows(expected))
+                        if back and skip is None and site.owner < layout.gauges:
+                            kept = layout.rows_of_basis(arrays[site.block], site, orders, memory)
+                            assert torch.allclose(kept, found)
+    assert torch.equal(vector, before)
+
+
+def test_mean_of_three_ends_where_bases_no_longer_turn(caplog):
+    """Turns too small to change the score in its last digits still lead to the mean."""
+    symmetry = CASES["heads"]
+    for states in itertools.combinations([state_of(symmetry, i) for i in range(4)], 3):
+        merged = merge_networks(states, symmetry)
+        assert merged.solution.converged
+        assert not caplog.records
+        for name, tensor in merged.state.items():
+            mean = sum(each[name] for each in merged.aligned) / 3
+            assert torch.allclose(tensor, mean, atol=1e-5)
+        again = merge_networks(states[::-1], symmetry)
+        assert float(again.solution.objective) == pytest.approx(float(merged.solution.objective))
+    quotient = NetworkQuotient(symmetry, basis=True)
+    points = [quotient.pack(state_of(symmetry, i)) for i in range(3)]
+    assert float(frechet_mean(quotient, points, tolerance=1e-9).gradient_norm) < 1e-7
+
+
+def test_the_mean_is_in_the_bases_of_the_longest_network():
+    """Whatever the order in which networks are given; also where all keep the order of units."""
+    places = (Placement("q", 0), Placement("k", 0, inverse=True))
+    gauges = (GaugeGroup("head", "general_linear", 2, places),)
+    symmetry = NetworkSymmetry((), gauges, {"q": (2, 5), "k": (2, 5)})
+    states = [state_of(symmetry, i) for i in range(3)]
+    states[1] = {name: 2 * t for name, t in states[1].items()}
+    for order in ([0, 1, 2], [1, 2, 0], [2, 0, 1]):
+        merged = merge_networks([states[i] for i in order], symmetry)
+        assert close(merged.aligned[order.index(1)], states[1], 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    """Balancing and its inverse cancel before anything is rounded."""
+    symmetry = CASES["heads"]
+    state = {name: t.to(dtype) for name, t in state_of(symmetry).items()}
+    state["q"] = 30 * state["q"]
+    merged = merge_networks([state], symmetry)
+    for found in (merged.state, merged.aligned[0]):
+        assert all(found[name].dtype == dtype for name in state)
+        for name, tensor in state.items():
+            error = (found[name].double() - tensor.double()).abs()
+            assert bool((error <= torch.finfo(dtype).eps * tensor.double().abs() + 1e-6).all())

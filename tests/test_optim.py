@@ -356,6 +356,23 @@ LAYER = nn.Linear(3, 2)
 MISUSE = {
     "no anchors": (lambda: FrechetMean([P]).step(), RuntimeError, "no anchors"),
     "empty": (lambda: FrechetMean([P], []), ValueError, "at least one"),
+    "one model": (lambda: FrechetMean([P], LAYER), ValueError, "expected a list, got a Linear"),
+    "one state": (lambda: FrechetMean([P], {"a": P}), ValueError, "expected a list, got a dict"),
+    "one sequence of layers": (
+        lambda: FrechetMean([P], nn.Sequential(LAYER)),
+        ValueError,
+        "expected a list, got a Sequential",
+    ),
+    "named weights": (
+        lambda: FrechetMean([P], [[P]], weights="uniform"),
+        ValueError,
+        "weights: expected a list of numbers",
+    ),
+    "frozen": (
+        lambda: param_groups(nn.Linear(3, 2).requires_grad_(False)),
+        ValueError,
+        "param_groups: no parameter requires grad",
+    ),
     "shape": (
         lambda: FrechetMean([P], [[torch.zeros(3, 2)]]),
         ValueError,

@@ -126,12 +126,18 @@ def test_what_a_subclass_must_write_is_named():
     x = torch.zeros(3)
     with pytest.raises(NotImplementedError, match="write _align"):
         bare.align(x, x)
-    with pytest.raises(NotImplementedError, match="write random_gauge"):
+    with pytest.raises(NotImplementedError, match=r"add random_gauge\(self, x.*y -> g y"):
         bare.random_gauge(x)
-    with pytest.raises(NotImplementedError, match="write random_gauge"):
+    with pytest.raises(NotImplementedError, match=r"add random_gauge\(self, x.*y -> g y"):
         bare.random_representative(x)
     with pytest.raises(NotImplementedError, match="no closed form"):
         bare.closed_form_mean(x, x)
+
+
+def test_random_points_are_parameters_of_the_quotient():
+    manifold = SwappedPairs()
+    parameter = geoopt.ManifoldParameter(manifold.random(2, 2), manifold=manifold)
+    assert parameter.manifold is manifold
 
 
 @pytest.mark.parametrize("method", ["align", "horizontal"])
@@ -147,6 +153,11 @@ def test_reduce_refuses_a_rank():
     assert torch.equal(restore(stacked[1]), points[1])
     with pytest.raises(ValueError, match="rank: points of SwappedPairs"):
         frechet_mean(SwappedPairs(), points, rank=1)
+
+
+def test_reduce_refuses_points_of_other_shapes():
+    with pytest.raises(ValueError, match=r"one shape is expected.*\(3, 2\), \(4, 2\)"):
+        frechet_mean(Shapes(), [torch.ones(4, 2), torch.ones(3, 2)])
 
 
 def test_mean_of_unordered_pairs():

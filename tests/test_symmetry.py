@@ -201,6 +201,11 @@ def test_swapped_placements_change_the_function() -> None:
         prove(model, wrong, inputs)
 
 
+def test_example_inputs_are_asked_for() -> None:
+    with pytest.raises(SymmetryError, match=r"inputs: give example inputs.*'input'"):
+        symmetry_of(nn.Linear(3, 2))
+
+
 def test_parameters_without_use_raise() -> None:
     model = nn.ModuleDict({"used": nn.Linear(3, 5), "idle": nn.Linear(3, 7)})
 

@@ -141,16 +141,18 @@ def save_figure(tasks: Sequence[Task], scores: dict[str, list[float]], path: Pat
             color=colour,
             hatch=hatch,
             edgecolor="white",
-            label=f"{name} ({mean:.0f} %)",
+            label=f"{name} ({mean:.1f} %)",
         )
-        axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
     axes.set_xticks(range(len(tasks)), [task.name for task in tasks])
     axes.set_ylabel("Accuracy on the test texts (%)")
     axes.set_ylim(0, 100)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title("One merged adapter for three tasks, on the real model", loc="left")
     figure.legend(
-        title="Model (mean, relative to own adapter)", loc="outside right upper", frameon=False
+        title="Model (mean over tasks,\nrelative to own adapter)",
+        loc="outside right upper",
+        frameon=False,
     )
     figure.savefig(path, dpi=150)
     plt.close(figure)
