@@ -320,8 +320,6 @@ def _improve(matching: Matching, number: int, orders: list[Order]) -> bool:
     soft = not is_hard(layout, number, old)
     gain = float(value_of(scores, order) - now)
     if not soft and not gain > rounding:
-        if number < layout.gauges and layout.linear[number] and gain > -rounding:
-            orders[number] = order  # a turn by ε gains ε²: it is right to more digits than its gain
         return False
     trial = list(orders)
     trial[number] = order
