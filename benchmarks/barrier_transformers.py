@@ -114,7 +114,7 @@ def _excess(network: nn.Module, a: State, b: State, rows: Tensor) -> float:
 
 
 def draw(result: Mapping[str, Any], file: Path) -> None:
-    """Excess of the loss over the line between the ends along the segment, each pair thin, their mean thick."""
+    """Loss above the line between its values at the ends, each pair thin, their mean thick."""
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -74,7 +74,7 @@ def plot_distances(inspection: Inspection, ax: Axes | None = None) -> Axes:
     # The range is that of the measure itself, so that figures of different adapters compare.
     bar = _heat_map(ax, table, names, limit=2)
     bar.set_ticks([0, 2**0.5, 2], labels=["0 same", "1.41 orthogonal", "2 opposite"])
-    bar.set_label("relative distance (no unit)")
+    bar.set_label("relative distance (no unit)", labelpad=12)
     ax.set_title("Relative distance between adapters")
     return ax
 
@@ -172,7 +172,9 @@ def plot_principal_angles(
         _profile(ax, rows, i, label, 100 * share)
         chance = [getattr(p, attribute.replace("cosines", "chance")) for p in chosen]
         angle = np.degrees(np.arccos(np.nanmean(chance))) if width else np.nan
-        ax.axhline(angle, color=COLOURS[i], linestyle=":", linewidth=1, label=f"{label}, random")
+        # Two lines at one height show both: the dots of one lie in the gaps of the other.
+        dots = (3 * i, (2, 4))
+        ax.axhline(angle, color=COLOURS[i], linestyle=dots, linewidth=1.5, label=f"{label}, random")
     ax.set_xlabel("share of the angles, smallest first (%)")
     ax.set_ylabel("principal angle (degrees)")
     ax.set_ylim(0, 92)

@@ -50,7 +50,9 @@ figcaption, dl { color: #444; font-size: .9rem; }
 table { border-collapse: collapse; font-size: .9rem; display: block; overflow-x: auto; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd;
   white-space: nowrap; }
-th { border-bottom: 2px solid #888; } .t { text-align: left; }
+th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
+.t { text-align: left; } td.t { white-space: normal; }
+td.t:last-child { overflow-wrap: anywhere; min-width: 12rem; }
 .box { border-left: 4px solid #0072B2; background: #f2f7fb; padding: .6rem 1rem; }
 .stop { border-color: #D55E00; background: #fdf3ec; } code { font-size: .9em; }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; }

@@ -222,7 +222,7 @@ def test_strict_exits_with_1_if_a_mean_did_not_converge(tmp_path: Path) -> None:
     arguments = ["adapters", *folders, "-o", tmp_path / "out", "--overwrite"]
     lax = run(*arguments)
     assert lax.exit_code == 0
-    assert "3 cancelled: opposite updates cancel" in " ".join(lax.stdout.split())
+    assert "3 modules cancelled: opposite updates cancel" in " ".join(lax.stdout.split())
     assert "warning: merge: 3 of 3 modules did not converge\n" in lax.stderr
     strict = run(*arguments, "--strict", "--quiet")
     assert strict.exit_code == 1

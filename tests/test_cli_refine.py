@@ -95,6 +95,23 @@ def test_it_refines_and_says_so(request_: dict[str, Any]) -> None:
     assert sorted(p.name for p in request_["output"].parent.glob("out*")) == ["out"]
 
 
+@pytest.mark.parametrize(
+    ("best", "said"), [(0, "the best was the least-squares start"), (6, "the best was step 6")]
+)
+def test_best_step_is_named(
+    best: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from manifold_merge import cli_refine
+    from manifold_merge.cli_session import Session
+
+    monkeypatch.setenv("COLUMNS", "120")
+    recipe = {"adapters": ["a"], "merged": "m", "examples": [3], "steps": 12}
+    result = {"recipe": recipe, "base_model": "b", "before": [0.1], "after": [0.05], "steps": 12,
+              "best_step": best, "seconds": 1.0, "output": "o"}  # fmt: skip
+    cli_refine._show(Session(as_json=False, quiet=False), result)
+    assert f"12 of 12; {said}" in capsys.readouterr().out
+
+
 def test_json_is_what_the_library_measures(request_: dict[str, Any]) -> None:
     result = run(*command(request_, "--json", "--held-back", 0, "--features", "mean"))
     assert result.exit_code == 0, result.stderr
