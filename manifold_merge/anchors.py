@@ -9,10 +9,10 @@ import geoopt
 import torch
 from torch import Tensor
 
-from manifold_merge.linalg import all_finite
+from manifold_merge.linalg import all_finite, refuse_class
 
 __all__ = [
-    "checked_points", "checked_weights", "normalized_weights", "refuse_class", "refuse_names",
+    "checked_points", "checked_weights", "normalized_weights", "refuse_names",
 ]  # fmt: skip
 
 
@@ -106,15 +106,6 @@ def refuse_names(weights: Any, what: str = "weights") -> None:
         raise ValueError(
             f"{what}: expected a list of numbers in the order of the anchors, got a "
             f"{type(weights).__name__}; leave it out for equal weights"
-        )
-
-
-def refuse_class(manifold: Any) -> None:
-    """Raise ``ValueError`` if the class of a manifold was given in the place of an instance."""
-    if isinstance(manifold, type):
-        raise ValueError(
-            f"manifold: expected an instance, got the class {manifold.__name__}; pass "
-            f"{manifold.__name__}(...)"
         )
 
 

@@ -19,7 +19,6 @@ import geoopt
 import torch
 from torch import Tensor
 
-from manifold_merge.anchors import refuse_class
 from manifold_merge.checks_report import (
     CheckReport,
     ContractViolation,
@@ -27,6 +26,7 @@ from manifold_merge.checks_report import (
     Measurement,
     crash,
 )
+from manifold_merge.linalg import refuse_class
 
 __all__ = ["LAWS", "Law", "Sample", "check_manifold", "list_laws", "register_law"]
 

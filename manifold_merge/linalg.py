@@ -18,6 +18,7 @@ __all__ = [
     "integrate",
     "matrix_exp",
     "principal_sqrt",
+    "refuse_class",
     "stack_points",
     "symmetric_sylvester",
 ]
@@ -196,3 +197,12 @@ def matrix_exp(x: Tensor) -> Tensor:
 def _traced(x: Tensor) -> bool:
     """Whether values of ``x`` are opaque: in a functorch transform or a compiled region."""
     return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def refuse_class(manifold: object) -> None:
+    """Raise ``ValueError`` if the class of a manifold was given in the place of an instance."""
+    if isinstance(manifold, type):
+        raise ValueError(
+            f"manifold: expected an instance, got the class {manifold.__name__}; pass "
+            f"{manifold.__name__}(...)"
+        )
