@@ -137,7 +137,8 @@ def checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor])
         anchors = [torch.as_tensor(x).detach() for x in points]
     if not anchors:
         raise ValueError("points: at least one anchor is needed, got none")
-    dtypes = {x.dtype for x in anchors}
+    seen = anchors[:1] if isinstance(points, Tensor) else anchors  # slices of a tensor are alike
+    dtypes = {x.dtype for x in seen}
     if len(dtypes) > 1 or not anchors[0].is_floating_point():
         raise ValueError(f"points: one floating-point dtype is expected, got {dtypes}")
     if anchors[0].dtype in (torch.float16, torch.bfloat16):
@@ -145,14 +146,14 @@ def checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor])
             f"points: {anchors[0].dtype} has too few digits for a mean; convert the anchors to "
             "float32 or float64 and the result back"
         )
-    devices = {str(x.device) for x in anchors}
+    devices = {str(x.device) for x in seen}
     if len(devices) > 1:
         raise ValueError(f"points: one device is expected, got {sorted(devices)}")
-    batches = {tuple(x.shape[: x.ndim - manifold.ndim]) for x in anchors}
+    batches = {tuple(x.shape[: x.ndim - manifold.ndim]) for x in seen}
     if len(batches) > 1:
         raise ValueError(f"points: anchors have different batch shapes {sorted(batches)}")
     whole = isinstance(points, Tensor) and all_finite(points)
-    for i, x in enumerate(anchors[:1] if whole else anchors):  # slices of one tensor are alike
+    for i, x in enumerate(seen if whole else anchors):
         try:
             manifold.assert_check_point(x)
         except ValueError as error:
@@ -176,11 +177,16 @@ def _off(manifold: geoopt.Manifold, x: Tensor) -> str:
 
     Round-off is none of its business, and neither is low precision: half a percent is.
     """
+    if not x.numel():
+        return ""
     if isinstance(manifold, geoopt.SymmetricPositiveDefinite):  # without eigenvalues
         if float((x - x.mT).abs().amax()) > OFF * float(x.abs().amax()):
             return "it is not symmetric"
         return "" if not bool(torch.linalg.cholesky_ex(x).info.any()) else "it is not positive"
-    if not isinstance(manifold, geoopt.Sphere | geoopt.EuclideanStiefel | geoopt.Stereographic):
+    if isinstance(manifold, geoopt.Sphere):  # most means are small: geoopt's check takes as long
+        away = float((torch.linalg.vector_norm(x, dim=-1) - 1).abs().amax())
+        return f"its norm is off 1 by {away:.2g}" if away > OFF else ""
+    if not isinstance(manifold, geoopt.EuclideanStiefel | geoopt.Stereographic):
         return ""
     ok, reason = manifold.check_point_on_manifold(x, explain=True, atol=OFF, rtol=OFF)
     return "" if ok else str(reason)

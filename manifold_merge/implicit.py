@@ -56,7 +56,8 @@ def differentiable(function: Callable[P, FrechetSolution]) -> Callable[P, Freche
         positional: Any = args
         names = ("manifold", "points", "weights")
         given: dict[str, Any] = dict(zip(names, positional, strict=False)) | kwargs
-        tensors = [*given["points"], given.get("weights")]
+        anchors: Any = given["points"]
+        tensors = [*([anchors] if isinstance(anchors, Tensor) else anchors), given.get("weights")]
         wanted = any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
         if not (wanted and torch.is_grad_enabled()):
             return result

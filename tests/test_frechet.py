@@ -342,7 +342,7 @@ def test_misuse_is_told(case):
 
 
 OFF = {
-    "Sphere": (geoopt.Sphere(), 3 * torch.eye(3), "norm"),
+    "Sphere": (geoopt.Sphere(), 3 * torch.eye(3), "its norm is off 1 by 2"),
     "PoincareBall": (geoopt.PoincareBall(), 2 * torch.eye(2), "norm lies out of the bounds"),
     "asymmetric": (geoopt.SymmetricPositiveDefinite(), torch.ones(2, 3, 3).triu(), "not symmetric"),
     "negative": (geoopt.SymmetricPositiveDefinite(), -torch.eye(3).expand(2, 3, 3), "not positive"),
