@@ -94,8 +94,8 @@ def checked_weights(
     if not negative and bool((w < 0).any()):
         raise ValueError(
             f"weights: {w.tolist()} has a negative entry, for which Σ wᵢ d² need not have a "
-            "minimum; use a chordal distance, where it has one, or weights >= 0 (sum=True, --sum: "
-            "a sum can take an adapter away)"
+            "minimum; use a chordal distance, where it has one, or weights >= 0 (a sum, sum=True, "
+            "can take an adapter away)"
         )
     return w
 

@@ -273,6 +273,12 @@ class _Plan:
 
         def normalised(what: str, given: Sequence[float] | None) -> list[float]:
             like = torch.zeros(1, dtype=torch.float64)
+            if given is not None and any(w < 0 for w in given):
+                raise ValueError(
+                    f"{what}: {list(given)} has a negative entry, and a mean of models has none; "
+                    "to take a model away, write a task_arithmetic recipe for manifold-merge "
+                    "mergekit"
+                )
             try:
                 shares = normalized_weights(given, len(models), like=like)
             except ValueError as error:

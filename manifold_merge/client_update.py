@@ -147,10 +147,6 @@ class ClientUpdate(Adapter):
                     f"{other.name}; clients train tensors of one shape"
                 )
 
-    def shorten(self, key: str, factor: float) -> None:
-        """Multiply the update of a pair, named by its B, or another tensor, by a factor."""
-        self._tensors[key] = self._tensors[key] * factor
-
     def named_like(
         self,
         modules: Mapping[str, tuple[Tensor, Tensor]],

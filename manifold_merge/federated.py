@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from manifold_merge.client_update import ClientUpdate, UpdateError
@@ -26,11 +25,6 @@ __all__ = ["UpdateMerge", "merge_updates"]
 
 logger = logging.getLogger(__name__)
 
-# A median depends on a far update through its direction alone. One that is longer than this many
-# times the median length is shortened to that: rounding relative to its own length would reach the
-# others, and the reach of a Weiszfeld step is relative to the greatest distance.
-FARTHEST = 1e4
-
 
 @dataclasses.dataclass(frozen=True)
 class UpdateMerge:
@@ -41,8 +35,7 @@ class UpdateMerge:
             of each pair balanced (BᵀB = A Aᵀ), all other tensors in their own shapes.
         recipe: Options, and the normalised weights under the names of the clients.
         distances: Chordal distance √Σ |Wᵢ - W|² over all pairs between each client's update and the
-            mean, of a median after updates that are very far away were brought nearer. A client far
-            beyond the others is worth a look.
+            mean. A client far beyond the others is worth a look.
         status: How many pairs ended in which :class:`~manifold_merge.solution.Status`.
         rejected: What was wrong with the updates that were left out.
     """
@@ -148,7 +141,6 @@ def merge_updates(
     if not total:
         raise UpdateError("updates: all weights are zero; give at least one client a positive one")
     if p == 1:
-        _shorten(kept, used)
         for update, weight in zip(kept, used, strict=True):
             if len(kept) > 1 and weight >= total / 2:
                 logger.warning(
@@ -213,35 +205,6 @@ def _checked_weight(name: str, weight: float) -> float:
     if not math.isfinite(number) or number < 0:
         raise UpdateError(f"{name}: its weight is {weight!r}, expected a number >= 0")
     return number
-
-
-def _shorten(updates: Sequence[ClientUpdate], weights: Sequence[float]) -> None:
-    """Bring updates that are very far away nearer, along their directions, tensor by tensor."""
-    zero = torch.zeros(1, 1, dtype=torch.float64)
-
-    def length(update: ClientUpdate, key: str) -> float:
-        if key in update.extras:
-            return float(update.extra(key).norm())
-        b, a = update.factors(key)
-        origin = zero.expand(len(b), 1), zero.expand(a.shape[1], 1)
-        return float(chordal_distance((b, a.mT), origin))
-
-    for key in (*updates[0].modules, *updates[0].extras):
-        lengths = [length(update, key) for update in updates]
-        limit = FARTHEST * _weighted_median(lengths, weights)
-        for update, found in zip(updates, lengths, strict=True):
-            if found > limit:
-                update.shorten(key, limit / found)
-
-
-def _weighted_median(values: Sequence[float], weights: Sequence[float]) -> float:
-    """The least value that half of the weight does not exceed."""
-    half, below = math.fsum(weights) / 2, 0.0
-    for value, weight in sorted(zip(values, weights, strict=True)):
-        below += weight
-        if below >= half:
-            return value
-    return max(values)
 
 
 def _distances(

@@ -104,3 +104,11 @@ def minilm() -> MiniLM:
 
     transformers.logging.disable_progress_bar()
     return MiniLM(*load_encoder())
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[Path]:
+    """Two small adapters with random factors."""
+    from small_adapters import adapter
+
+    return [adapter(tmp_path / f"a{i}", seed=i, dtype=torch.float32) for i in range(2)]

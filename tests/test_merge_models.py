@@ -420,6 +420,7 @@ ERRORS: dict[str, tuple[Callable[[list[Path]], None], dict[str, Any], type[Excep
     ),
     "p": (lambda x: None, {"p": 3}, ValueError, "p must be 2"),
     "statistics": (lambda x: None, {"geometry": "fisher"}, ValueError, "needs one file for each"),
+    "sign": (lambda x: None, {"weights": [1, -1, 1]}, ValueError, "write a task_arithmetic recipe"),
     "shard size": (lambda x: None, {"max_shard_size": 0}, ValueError, "max_shard_size: expected"),
     "both": (
         lambda x: None, {"scope": "model", "layer_weights": {"*": [1, 1, 1]}}, ValueError,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import geoopt
 import pytest
 import torch
 from sharded_worker import MEANS, anchors, mean_of, models, running, step
+from two_processes import found_by_two
 
 from manifold_merge import FrechetAveragedModel, frechet_mean
 from manifold_merge.sharded import is_sharded, local_part, total_over_mesh
@@ -28,22 +27,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both processes found; started once."""
-    folder = tmp_path_factory.mktemp("processes")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, WORKER, str(rank), folder],
-            env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=120)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], "\n".join(said)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return found_by_two(WORKER, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("way", [0, 1, "copies"])
