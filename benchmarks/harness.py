@@ -106,6 +106,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "wait_policy": os.environ["OMP_WAIT_POLICY"],
         "packages": versions,
     }
 
@@ -178,10 +179,13 @@ def footer(result: Mapping[str, Any]) -> str:
 
 def command() -> str:
     """The command of this run, with paths outside the repository shortened."""
+    policy = os.environ["OMP_WAIT_POLICY"]
     words = [f"benchmarks/{Path(sys.argv[0]).name}"]
     for word in sys.argv[1:]:
         words.append(Path(word).name if os.sep in word else word)
-    return " ".join(["python", *words])
+    return " ".join(
+        [*([] if policy == "PASSIVE" else [f"OMP_WAIT_POLICY={policy}"]), "python", *words]
+    )
 
 
 def finish(

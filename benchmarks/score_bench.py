@@ -107,7 +107,7 @@ def evaluate(
     file = scratch / "evaluate.json"
     arguments = [
         *(str(bench.folder / "evaluate.py"), "--adapter", str(adapter), "--json", str(file)),
-        *("--part", "open", "--split", options.split, "--seed-set", SETS[which]),
+        *("--part", options.part, "--split", options.split, "--seed-set", SETS[which]),
         *("--threads", str(options.threads)),
     ]
     if options.limit:
@@ -145,7 +145,6 @@ def summarise(rows: Mapping[str, Correct]) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Score the chosen sets."""
     torch.set_num_threads(options.threads)
-    bench = Bench(options.bench)
     result: dict[str, Any] = {
         "command": harness.command(),
         "environment": harness.environment(),
@@ -155,6 +154,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as scratch:
         for which in options.sets:
+            bench = Bench(options.bench, options.part, which)
             result["sets"].append(score_set(bench, which, options, Path(scratch)))
     result["load_average"]["after"] = harness.load()
     return result
@@ -199,6 +199,7 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bench", type=Path, required=True, help="folder of the benchmark")
+    parser.add_argument("--part", choices=["open", "heldout", "all"], default="open")
     parser.add_argument("--split", choices=["val", "test"], default="val")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--evaluate", action="store_true", help="also run evaluate.py")

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from manifold_merge import merge_adapters
 from manifold_merge.adapted_model import AdaptedModel, Updates
-from manifold_merge.calibrate import DEFAULT_RANK, calibrate_adapter
+from manifold_merge.calibrate import DEFAULT_DRAWS, DEFAULT_RANK, calibrate_adapter
 from manifold_merge.statistics import Statistics
 
 Predictions = dict[str, tuple[Tensor, Tensor, Tensor]]
@@ -69,6 +69,7 @@ def parse() -> argparse.Namespace:
     add("--rank", type=int, default=16, help="rank of the low-rank rows")
     add("--statistics-rank", type=int, default=DEFAULT_RANK, help="rank of stored Grams, 0: exact")
     add("--kind", choices=["input_gram", "kfac"], default="input_gram")
+    add("--draws", type=int, default=DEFAULT_DRAWS, help="of labels a text, for kfac")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--only-statistics", action="store_true", help="leave out the data-free table")
     add("--threads", type=int, default=1)
@@ -122,7 +123,8 @@ class Scorer:
             calibrate_adapter(
                 adapter, self.model, self.bench.load_split(task, "train")[0], file,
                 tokenizer=self.tokenizer, max_tokens=self.bench.MAX_LEN, limit=self.options.texts,
-                rank=self.options.statistics_rank or None, kind=self.options.kind, seed=seed,
+                rank=self.options.statistics_rank or None, kind=self.options.kind,
+                draws=self.options.draws, seed=seed,
             )  # fmt: skip
             seconds.append(time.perf_counter() - clock)
             files.append(file)
@@ -159,6 +161,7 @@ def main() -> None:
                 {"geometry": "fisher", "statistics": one, **given} for one in loaded
             ])
             for name, rank, given in STATISTICS
+            if options.kind == "input_gram" or not given
         ]  # fmt: skip
         size = sum(file.stat().st_size for file in calibrated[0][0]) / len(scorer.tasks)
     print(render(scorer, tables, options))

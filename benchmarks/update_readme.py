@@ -28,10 +28,16 @@ READMES = (
 # The script whose ``render`` turns a result into Markdown, where it is not the result's name.
 SUMMARIES = {  # of several results
     "accuracy": accuracy.render,
+    "accuracy_tasks": accuracy.tasks,
     "comparison": comparison.render,
     "refined": accuracy.refined,
 }
-SCRIPTS = {"score_bench_val": "score_bench", "score_bench_test": "score_bench"}
+SCRIPTS = {
+    "score_bench_val": "score_bench",
+    "score_bench_test": "score_bench",
+    "peers_r16": "peers",
+    "peers_mixed": "peers",
+}
 
 
 def filled(text: str, results: Path) -> str:

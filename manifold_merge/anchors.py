@@ -12,7 +12,7 @@ from torch import Tensor
 from manifold_merge.linalg import all_finite, refuse_class
 
 __all__ = [
-    "checked_points", "checked_weights", "normalized_weights", "refuse_names",
+    "checked_anchors", "checked_points", "checked_weights", "normalized_weights", "refuse_names",
 ]  # fmt: skip
 
 
@@ -49,6 +49,8 @@ def normalized_weights(
         [0.5, 0.25, 0.25]
     """
     w = checked_weights(weights, count, like=like, negative=negative)
+    if weights is None and count:
+        return w / count
     total = w.sum(0)
     if not bool((total > 0).all()):
         raise ValueError(
@@ -124,9 +126,17 @@ def checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor])
         >>> checked_points(geoopt.Sphere(), torch.eye(2))
         [tensor([1., 0.]), tensor([0., 1.])]
     """
+    return list(checked_anchors(manifold, points))
+
+
+def checked_anchors(
+    manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor]
+) -> Tensor | list[Tensor]:
+    """What :func:`checked_points` does, but points in one tensor stay in one."""
     refuse_class(manifold)
+    anchors: Tensor | list[Tensor]
     if isinstance(points, Tensor) and points.ndim:
-        anchors = list(points.detach().unbind())
+        anchors = points.detach()
     else:
         for i, x in enumerate(points):
             if isinstance(x, list | tuple) and any(isinstance(part, Tensor) for part in x):
@@ -135,7 +145,7 @@ def checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor])
                     f"points[{i}]: a point is one tensor, got a {type(x).__name__}; use {how}"
                 )
         anchors = [torch.as_tensor(x).detach() for x in points]
-    if not anchors:
+    if not len(anchors):
         raise ValueError("points: at least one anchor is needed, got none")
     seen = anchors[:1] if isinstance(points, Tensor) else anchors  # slices of a tensor are alike
     dtypes = {x.dtype for x in seen}
@@ -161,7 +171,7 @@ def checked_points(manifold: geoopt.Manifold, points: Tensor | Sequence[Tensor])
         if not all_finite(x):
             bad = int((~x.isfinite()).sum())
             raise ValueError(f"points[{i}]: {bad} entries are NaN or infinite; repair that anchor")
-    if isinstance(points, Tensor) and not _off(manifold, points.detach()):
+    if isinstance(anchors, Tensor) and not _off(manifold, anchors):
         return anchors
     for i, x in enumerate(anchors):
         reason = _off(manifold, x)

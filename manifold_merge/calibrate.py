@@ -7,6 +7,7 @@ nothing else, so that nobody has to share data. What such a file can leak is sai
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +23,13 @@ from manifold_merge.examples import Batch, as_examples, collate
 from manifold_merge.functional import by_length
 from manifold_merge.statistics import STATISTICS_NAME, Statistics, collect_statistics
 
-__all__ = ["DEFAULT_RANK", "DEFAULT_TEXTS", "calibrate_adapter"]
+__all__ = ["DEFAULT_DRAWS", "DEFAULT_RANK", "DEFAULT_TEXTS", "calibrate_adapter"]
 
 # Keeps the file no larger than a few adapters and the pass below 1.5 forward passes.
 DEFAULT_RANK = 128
 DEFAULT_TEXTS = 128
+# With one draw a text, Grams of gradients were too noisy to help; four added little to two.
+DEFAULT_DRAWS = 2
 
 
 def calibrate_adapter(
@@ -39,6 +42,7 @@ def calibrate_adapter(
     kind: Literal["input_gram", "kfac"] = "input_gram",
     likelihood: Literal["gaussian", "categorical"] = "gaussian",
     rank: int | None = DEFAULT_RANK,
+    draws: int = DEFAULT_DRAWS,
     limit: int | None = DEFAULT_TEXTS,
     max_tokens: int = 512,
     batch_size: int = 32,
@@ -56,11 +60,13 @@ def calibrate_adapter(
         output: Where to write: a file, or a folder. Nothing is written if ``None``.
         tokenizer: Called with a list of texts, as those of transformers are.
         kind: ``"input_gram"`` needs forward passes only; ``"kfac"`` adds output-gradient Grams
-            and a backward pass.
-        likelihood: For ``"kfac"``: ``"gaussian"``, changes of the last hidden state count by their
-            squared length; ``"categorical"``, changes of the logits' distribution count.
-        rank: Rank at which wide Grams are stored, beside their exact diagonal; ``None`` stores
-            every Gram exactly.
+            and backward passes.
+        likelihood: For ``"kfac"``: ``"gaussian"``, changes of the last hidden state, averaged over
+            the tokens, count by their squared length relative to its variance between texts;
+            ``"categorical"``, changes of the logits' distribution count.
+        rank: Rank at which wide Grams are stored, beside their exact diagonal; those of output
+            gradients keep half of it. ``None`` stores every Gram exactly.
+        draws: For ``"kfac"``: backward passes for each batch, each of random directions.
         limit: Use that many of the data, drawn at random; all if ``None``.
         max_tokens: Longer texts are cut.
         batch_size: Texts in one batch.
@@ -99,6 +105,8 @@ def calibrate_adapter(
         )
     if likelihood not in ("gaussian", "categorical"):
         raise ValueError(f"likelihood must be gaussian or categorical; got {likelihood!r}")
+    if draws < 1:
+        raise ValueError(f"draws: expected 1 or more, got {draws}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit: expected a positive number or None, got {limit}")
     opened = adapter if isinstance(adapter, Adapter) else Adapter(adapter)
@@ -130,12 +138,17 @@ def calibrate_adapter(
             return _logits(model, batch["inputs"], mask)
         return adapted(Batch(batch["inputs"], mask), updates)
 
+    variance = _Variance()
+
     def features(hidden: Tensor, batch: dict[str, Tensor]) -> Tensor:
         mask = batch.get("attention_mask")
-        if mask is None or hidden.ndim != 3 or likelihood == "categorical":
+        if likelihood == "categorical":
             return hidden
-        kept = mask[..., None].to(hidden)
-        return (hidden * kept).sum(1) / kept.sum(1)
+        if mask is not None and hidden.ndim == 3:
+            kept = mask[..., None].to(hidden)
+            hidden = (hidden * kept).sum(1) / kept.sum(1)
+        variance.add(hidden.detach())
+        return hidden
 
     # Until the last backward pass, which uses the replaced tensors too.
     with adapted, adapted._replace(updates.replaced):
@@ -149,13 +162,42 @@ def calibrate_adapter(
             forward=forward,
             output=features,
             likelihood=likelihood,
+            draws=draws,
+            output_rank=None if rank is None else max(1, rank // 2),
             seed=seed,
             model_name=model_name or opened.base_model,
+        )
+    if kind == "kfac" and likelihood == "gaussian":
+        # Adapters whose features spread more would else count more than the others.
+        spread = variance.total() or 1.0
+        statistics = dataclasses.replace(
+            statistics,
+            output_grams={n: g.scaled(1 / spread) for n, g in statistics.output_grams.items()},
+            options={**statistics.options, "feature_variance": spread},
         )
     if output is not None:
         target = Path(output)
         statistics.save(target / STATISTICS_NAME if target.is_dir() else target)
     return statistics
+
+
+class _Variance:
+    """Sum of the variances of all features between examples, over batches."""
+
+    def __init__(self) -> None:
+        self.count, self.sum, self.squares = 0, torch.zeros(()), 0.0
+
+    def add(self, features: Tensor) -> None:
+        rows = features.reshape(len(features), -1).double().cpu()
+        self.count += len(rows)
+        self.sum = self.sum + rows.sum(0)
+        self.squares += float(rows.square().sum())
+
+    def total(self) -> float:
+        mean = self.sum / max(self.count, 1)
+        variance = self.squares / max(self.count, 1) - float(mean.square().sum())
+        # Of one text, or of copies of one, only the rounding of this difference is left.
+        return variance if variance > 1e-9 * self.squares else 0.0
 
 
 def _logits(model: nn.Module, inputs: Tensor, mask: Tensor | None) -> Tensor:

@@ -135,9 +135,10 @@ def adapters(
     rank: Annotated[
         str | None,
         typer.Option(
-            metavar="R|full",
-            help="Rank of the result, a number or full (the sum of the ranks). Default: full for "
-            "lifted and fisher, else the greatest rank.",
+            metavar="R|full|auto",
+            help="Rank of the result: a number, full (the sum of the ranks), or auto, the least "
+            "that gives up at most 1 % of the unconstrained merge (auto=0.05: 5 %). Default: full "
+            "for lifted and fisher, else the greatest rank.",
         ),
     ] = None,
     scale: Annotated[

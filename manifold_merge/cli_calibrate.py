@@ -76,8 +76,9 @@ def calibrate(
     ] = "128",
     kind: Annotated[
         Kind,
-        typer.Option(help="kfac adds Grams of output gradients, by one backward pass."),
+        typer.Option(help="kfac adds Grams of output gradients, by backward passes."),
     ] = Kind.input_gram,
+    draws: Annotated[int, typer.Option(min=1, help="For kfac: backward passes of each batch.")] = 2,
     likelihood: Annotated[
         Likelihood,
         typer.Option(help="For kfac: what differentiates, the last hidden state or the logits."),
@@ -132,6 +133,7 @@ def calibrate(
                 kind=kind.value,
                 likelihood=likelihood.value,
                 rank=stored,
+                draws=draws,
                 limit=texts,
                 max_tokens=max_tokens,
                 batch_size=batch_size,

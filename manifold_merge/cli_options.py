@@ -241,13 +241,15 @@ def parse_layer_weights(given: Sequence[str]) -> dict[str, list[float]]:
 
 
 def parse_rank(given: str | None) -> int | str | None:
-    """Read a number or ``full``."""
-    if given is None or given == "full":
+    """Read a number, ``full`` or ``auto``, which may come with a tolerance."""
+    if given is None or given == "full" or given.partition("=")[0] == "auto":
         return given
     try:
         return int(given)
     except ValueError:
-        raise ValueError(f"--rank: expected a positive integer or full, got {given!r}") from None
+        raise ValueError(
+            f"--rank: expected a positive integer, full or auto, got {given!r}"
+        ) from None
 
 
 def parse_scale(given: str) -> float | str:

@@ -43,6 +43,7 @@ def show_merge(shell: Session, result: dict[str, Any], base: str | None) -> None
         "weights": ", ".join(f"{weight:.4g}" for weight in recipe["weights"]),
         "closeness": f"{result['closeness']:.2f}, least cosine of two updates (1 same, 0 none)",
         "modules": f"{result['modules']} of rank {tables.span(result['ranks'])}",
+        "rank": "",
         "status": status if result["converged"] else f"{status}: {remedy(result['status'])}",
         "logarithms": ", ".join(f"{count} {way}" for way, count in result["logarithms"].items()),
         "gauge": "",
@@ -50,6 +51,8 @@ def show_merge(shell: Session, result: dict[str, Any], base: str | None) -> None
     }
     if result["gauge_residual"] is not None:
         rows["gauge"] = f"changes the merge by {result['gauge_residual']:.1e} at most (relative)"
+    if recipe["rank_chosen_because"] != "given":
+        rows["rank"] = f"{recipe['rank']}: {recipe['rank_chosen_because']}"
     if recipe["scale"] == "norm":
         rows["geometry"] += ", scaled to the norm of the adapters"
     elif recipe["scale"] != 1:

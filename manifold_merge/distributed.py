@@ -22,7 +22,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-__all__ = ["Team", "in_turn", "process_group", "rank", "wait_for_all", "world_size"]
+__all__ = ["Team", "from_first", "in_turn", "process_group", "rank", "wait_for_all", "world_size"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,24 @@ def in_turn(
             _talk(lambda: torch.distributed.recv_object_list(received, src=owner), owner)  # noqa: B023
             result = received[0]
         yield piece, result
+
+
+def from_first(value: Result) -> Result:
+    """What the first process passes, on every process: an object that can be pickled.
+
+    Raises:
+        RuntimeError: Another process ended before.
+
+    Example:
+        >>> from_first(16)
+        16
+    """
+    if world_size() == 1:
+        return value
+    sent: list[Any] = [value]
+    _talk(lambda: torch.distributed.broadcast_object_list(sent, src=0), 0)
+    result: Result = sent[0]
+    return result
 
 
 def wait_for_all() -> None:

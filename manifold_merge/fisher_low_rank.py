@@ -5,25 +5,20 @@ No m x n matrix is formed, and the result is the same in every gauge. Derivation
 
 from __future__ import annotations
 
-import builtins
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from manifold_merge.conjugate_gradient import conjugate_gradient
 from manifold_merge.fisher import KroneckerFisher
 from manifold_merge.fisher_factor import MetricFactor
+from manifold_merge.fisher_two_sided import TwoSided
 from manifold_merge.linalg import adjoint
 from manifold_merge.lora import LoRAQuotient
 from manifold_merge.lora_metrics import Pair
 from manifold_merge.solution import FrechetSolution, Status
 
-__all__ = ["low_rank_mean", "low_rank_objective", "mean_output", "sides_of"]
-
-# Steps of conjugate gradients within one round of the alternating solver: a fixed number, as a
-# threshold could be met a step earlier in one gauge than in another.
-INNER_ITERATIONS = 8
+__all__ = ["low_rank_mean", "low_rank_objective", "sides_of"]
 
 
 def sides_of(
@@ -47,16 +42,6 @@ def sides_of(
     )
 
 
-def mean_output(
-    inputs: list[MetricFactor] | None, outputs: list[MetricFactor], weights: Tensor
-) -> MetricFactor:
-    """Output Grams averaged by the share of the metric's trace that their anchor has."""
-    if inputs is None:
-        return MetricFactor.sum(outputs, weights)
-    traces = torch.stack([w * g.trace() for w, g in zip(weights, inputs, strict=True)])
-    return MetricFactor.sum(outputs, traces / traces.sum(0))
-
-
 def low_rank_mean(
     manifold: LoRAQuotient,
     points: Sequence[Tensor],
@@ -72,7 +57,7 @@ def low_rank_mean(
     For metrics of the input side alone, the unconstrained mean is itself a product of rank Σ rᵢ,
     Σ wᵢBᵢ(AᵢGᵢḠ⁻¹) with Ḡ = Σ wᵢGᵢ, and the best product of a lower rank is its truncated singular
     value decomposition in the metric Ḡ. The output side alone is the transpose of that. With both
-    sides, B and A are solved for in turn, each exactly, from the truncation in the mean metric.
+    sides, B and A are solved for in turn (:class:`~manifold_merge.fisher_two_sided.TwoSided`).
 
     Args:
         manifold: Says the sizes m and n; its metric and distance do not matter here.
@@ -112,7 +97,7 @@ def low_rank_mean(
         pair = (mean[1], mean[0]) if swapped else mean
         solver = "closed_form"
     else:
-        problem = _TwoSided(pairs, inputs, outputs, shares)
+        problem = TwoSided(pairs, (outputs, inputs), shares)
         tolerance = torch.finfo(points[0].dtype).eps ** 0.4 if tolerance is None else tolerance
         pair, gradient, iterations, status = problem.solve(rank, tolerance, max_iterations)
         solver = "alternating"
@@ -181,103 +166,3 @@ def _one_sided(
     residual = images - (total @ a)
     size = (residual.square().sum((-2, -1)) * upper.square().sum((-2, -1))).sqrt()
     return mean, size / s[..., :1].amax(-1).clamp(min=torch.finfo(s.dtype).tiny).sqrt()
-
-
-class _TwoSided:
-    """Products of one rank that minimise Σ wᵢ tr(Lᵢ(W - Wᵢ)Rᵢ(W - Wᵢ)ᵀ), by alternating solves."""
-
-    def __init__(
-        self,
-        pairs: Sequence[Pair],
-        inputs: Sequence[MetricFactor],
-        outputs: Sequence[MetricFactor],
-        weights: Tensor,
-    ) -> None:
-        self.pairs = list(pairs)
-        self.sides = (list(outputs), list(inputs))
-        self.weights = weights
-        self.mean_input = MetricFactor.sum(inputs, weights)
-        self.mean_output = mean_output(list(inputs), list(outputs), weights)
-
-    def start(self, rank: int) -> Pair:
-        """L̄⁻¹(Σ wᵢLᵢWᵢRᵢ)R̄⁻¹, truncated in the metric of the means L̄ and R̄."""
-        spread = self.weights[..., None, None]
-        left = torch.cat(
-            [w * (g @ b) for (b, _), g, w in zip(self.pairs, self.sides[0], spread, strict=True)],
-            -1,
-        )
-        right = torch.cat([g @ a for (_, a), g in zip(self.pairs, self.sides[1], strict=True)], -1)
-        (u, first), (v, second) = (
-            torch.linalg.qr(side.unwhiten(x, adjoint_root=True))
-            for side, x in ((self.mean_output, left), (self.mean_input, right))
-        )
-        x, s, y = torch.linalg.svd(first @ adjoint(second), full_matrices=False)
-        root = s[..., None, :rank].sqrt()
-        return (
-            self.mean_output.unwhiten(u @ (x[..., :rank] * root)),
-            self.mean_input.unwhiten(v @ (adjoint(y)[..., :rank] * root)),
-        )
-
-    def solve(
-        self, rank: int, tolerance: float, max_iterations: int
-    ) -> tuple[Pair, Tensor, Tensor, Tensor]:
-        pair = list(self.start(rank))
-        means = (self.mean_output, self.mean_input)
-        count = torch.zeros(self.weights.shape[1:], dtype=torch.long, device=pair[0].device)
-        status = torch.full_like(count, Status.MAX_ITERATIONS)
-        gradient = torch.zeros_like(self.weights[0])
-        scale = self._scale()
-        for _ in range(max_iterations):
-            squared = torch.zeros_like(gradient)
-            for side in (0, 1):
-                other = 1 - side
-                # Orthonormal in the mean metric, so that nothing depends on the gauge.
-                frame, upper = torch.linalg.qr(means[other].whiten(pair[other]))
-                pair[other] = means[other].unwhiten(frame)
-                pair[side], slope = self._half(pair[side] @ adjoint(upper), pair[other], side)
-                squared = squared + slope
-            gradient = squared.sqrt()
-            status = torch.where(gradient <= tolerance * scale, Status.CONVERGED, status)
-            running = status != Status.CONVERGED
-            if not bool(running.any()):
-                break
-            count = count + running
-        return (pair[0], pair[1]), gradient, count, status
-
-    def _scale(self) -> Tensor:
-        """Root mean squared length of the anchors."""
-        total = torch.zeros_like(self.weights[0])
-        for (b, a), left, right, w in zip(self.pairs, *self.sides, self.weights, strict=True):
-            q, p = adjoint(b) @ (left @ b), adjoint(a) @ (right @ a)
-            total = total + w * (q * p).sum((-2, -1))
-        return total.clamp(min=0).sqrt()
-
-    def _terms(self, frame: Tensor, side: int) -> tuple[list[Tensor], Tensor]:
-        """Small Gram matrices wᵢ FᵀGᵢF of a frame, and Σ wᵢ Gᵢ'Xᵢ(YᵢᵀGᵢF) of the other factor."""
-        other = 1 - side
-        small, target = [], None
-        for pair, near, far, w in zip(
-            self.pairs, self.sides[side], self.sides[other], self.weights, strict=True
-        ):
-            image = (far @ frame) * w[..., None, None]
-            small.append(adjoint(frame) @ image)
-            part = near @ (pair[side] @ (adjoint(pair[other]) @ image))
-            target = part if target is None else target + part
-        assert target is not None
-        return small, target
-
-    def _operator(self, small: list[Tensor], side: int) -> Callable[[Tensor], Tensor]:
-        grams = self.sides[side]
-        return lambda x: builtins.sum(  # type: ignore[return-value]
-            (g @ x) @ h for g, h in zip(grams, small, strict=True)
-        )
-
-    def _half(self, x: Tensor, frame: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """Lower the objective over one factor; also the squared gradient before that."""
-        small, target = self._terms(frame, side)
-        operator = self._operator(small, side)
-        mean = (self.mean_output, self.mean_input)[side]
-        residual = target - operator(x)
-        slope = (residual * mean.solve(residual)).sum((-2, -1)).clamp(min=0)
-        solved, _, _ = conjugate_gradient(operator, target, x, mean.solve, 2, 0.0, INNER_ITERATIONS)
-        return solved, slope

@@ -26,9 +26,9 @@ from manifold_merge.fisher_factor import MetricFactor
 from manifold_merge.fisher_low_rank import (
     low_rank_mean,
     low_rank_objective,
-    mean_output,
     sides_of,
 )
+from manifold_merge.fisher_two_sided import mean_output
 from manifold_merge.linalg import adjoint
 from manifold_merge.lora import LoRAQuotient
 from manifold_merge.quotient import QuotientManifold

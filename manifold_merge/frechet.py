@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manifold_merge.accurate import accurate, has_logmap
-from manifold_merge.anchors import checked_points, normalized_weights
+from manifold_merge.anchors import checked_anchors, normalized_weights
 from manifold_merge.collective import collective_mean
 from manifold_merge.fisher import ConstantMetric
 from manifold_merge.fisher_mean import mean_with_metrics
@@ -138,14 +138,14 @@ def frechet_mean(
             rank=rank, start=start, starts=starts, tolerance=tolerance,
             max_iterations=max_iterations, gauge_check=gauge_check,
         )  # fmt: skip
-    anchors = checked_points(manifold, points)
+    anchors = checked_anchors(manifold, points)
     if metrics is not None:
         if start is not None:
             raise ValueError("start: means with metrics= need none; leave it out")
         result = mean_with_metrics(
-            manifold, anchors, normalized_weights(weights, len(anchors), like=anchors[0]), metrics,
-            p=p, rank=rank, solver=solver, tolerance=tolerance, max_iterations=max_iterations,
-            gauge_check=gauge_check, generator=generator,
+            manifold, list(anchors), normalized_weights(weights, len(anchors), like=anchors[0]),
+            metrics, p=p, rank=rank, solver=solver, tolerance=tolerance,
+            max_iterations=max_iterations, gauge_check=gauge_check, generator=generator,
         )  # fmt: skip
         if not result.converged:
             logger.warning("frechet_mean: %s", result.message)
@@ -157,26 +157,26 @@ def frechet_mean(
         raise ValueError(f"starts must be 'auto' or 'anchors'; got {starts!r}")
     if tolerance is None:
         tolerance = torch.finfo(anchors[0].dtype).eps ** (2 / 3)
-    closed = closed_form_of(manifold)
+    exact, closed = accurate(manifold), closed_form_of(manifold)
     if solver == "closed_form" and closed is None:
         raise ValueError(
             f"solver='closed_form': the mean on {manifold} has no closed form; use 'karcher'"
         )
     if solver == "auto" and closed is not None:
         solver = "closed_form"
-    elif solver == "auto" and p == 2 and has_newton(accurate(manifold), tuple(anchors[0].shape)):
+    elif solver == "auto" and p == 2 and has_newton(exact, tuple(anchors[0].shape)):
         solver = "newton"
     elif solver == "auto":
-        solver = "karcher" if has_logmap(accurate(manifold)) else "conjugate_gradient"
+        solver = "karcher" if has_logmap(exact) else "conjugate_gradient"
     signed = solver == "closed_form" and p == 2
     w = normalized_weights(weights, len(anchors), like=anchors[0], negative=signed)
 
     # An anchor without weight takes no part, however far away it is.
     full_weights, present = w, w.flatten(1).any(1) if w.ndim > 1 else w != 0
-    if not bool(present.all()):
+    if weights is not None and not bool(present.all()):
         w, anchors = w[present], [x for x, here in zip(anchors, present, strict=True) if here]
     everything = anchors if start is None else [*anchors, start]
-    space, stacked, restore = _reduced(manifold, everything, rank)
+    space, stacked, restore = _reduced(manifold, exact, everything, rank)
     # All batch dimensions become one, so that elements can stop on their own.
     inside = stacked.ndim - manifold.ndim
     batch, point = stacked.shape[1:inside], stacked.shape[inside:]
@@ -194,7 +194,9 @@ def frechet_mean(
     if solver == "closed_form":
         result = problem.closed_form()
     else:
-        begin = problem.starts(starts) if start is None else [flat[-1]]
+        begin: list[Tensor | None] = [None if start is None else flat[-1]]
+        if start is None and not (starts == "auto" and solver == "newton"):
+            begin = [*problem.starts(starts)]
         result = problem.best_of(begin, lambda x: run_solver(problem, x, solver))
     result = dataclasses.replace(
         result,
@@ -233,10 +235,11 @@ def frechet_mean(
 
 
 def _reduced(
-    manifold: geoopt.Manifold, anchors: list[Tensor], rank: int | None
+    manifold: geoopt.Manifold, exact: Any, anchors: Tensor | list[Tensor], rank: int | None
 ) -> tuple[Any, Tensor, Callable[[Tensor], Tensor]]:
     if isinstance(manifold, QuotientManifold):
-        return manifold.reduce(anchors, rank=rank)
+        return manifold.reduce(list(anchors), rank=rank)
     if rank is not None:
         raise ValueError(f"rank: points of {manifold} have no rank to choose; leave it out")
-    return accurate(manifold), stack_points(anchors), lambda x: x
+    stacked = anchors if isinstance(anchors, Tensor) else stack_points(anchors)
+    return exact, stacked, lambda x: x

@@ -88,9 +88,11 @@ def merge_adapters(
         normalisation: ``"none"``: every adapter counts by the change of its outputs; ``"trace"``:
             Grams are divided by their mean eigenvalue first; ``"task"``: each adapter's metric is
             divided by the squared length of its own update.
-        rank: Rank of the result, an integer or ``"full"`` (the sum of the ranks). Default: full
-            for ``"lifted"`` and ``"fisher"``, else the greatest of the adapters' ranks in that
-            module.
+        rank: Rank of the result, an integer, ``"full"`` (the sum of the ranks) or ``"auto"``: the
+            least rank that gives up at most 1 % (``"auto=0.02"``: 2 %) of what the unconstrained
+            mean does, in the metric of ``"fisher"``, else in squared norm
+            (:func:`~manifold_merge.rank_choice.choose_rank`); this merges twice. Default: full for
+            ``"lifted"`` and ``"fisher"``, else the greatest of the adapters' ranks in that module.
         scale: Factor on the merged update, or ``"norm"``: in each module the factor that restores
             the root mean squared norm of the anchors.
         transform: What is done to the anchors before they are averaged, a function or a name of
@@ -107,7 +109,8 @@ def merge_adapters(
         overwrite: Replace an existing adapter folder.
         gauge_check: Merge again from random gauges of each adapter and report the difference.
         max_bytes: Bytes of factors worked on at a time; more is faster on small modules.
-        progress: Called with the number of modules done and in all.
+        progress: Called with the number of modules done and in all; each counts twice with
+            ``rank="auto"``.
 
     Returns:
         The merged factors or the folder, with the recipe.
@@ -167,7 +170,9 @@ def merge_adapters(
     merged_extras = plan.merge_extras()
     total = len(module_coverage(opened))
     tally = Tally()
-    factors = plan.merge_modules(tally, total, progress)
+    count = _counter(progress, total * plan.passes)
+    plan.decide_rank(count)
+    factors = plan.merge_modules(tally, count)
     if output is None:
         modules, folder = dict(factors), None
         if dtype is not None:
@@ -198,3 +203,16 @@ def merge_adapters(
         gauge_residual=tally.gauge_residual,
         output=folder,
     )
+
+
+def _counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """Adds up the modules that are done, and tells."""
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(done, total)
+
+    return count

@@ -21,7 +21,7 @@ from manifold_merge.adapter_sets import (
     group_modules,
 )
 from manifold_merge.adapters import Adapter
-from manifold_merge.distributed import in_turn
+from manifold_merge.distributed import from_first, in_turn
 from manifold_merge.frechet import frechet_mean, normalized_weights
 from manifold_merge.lift import lifted_mean
 from manifold_merge.lora import DISTANCES, LoRAQuotient
@@ -34,6 +34,7 @@ from manifold_merge.merge_extras import (
 )
 from manifold_merge.merge_fisher import AdapterMetrics, Errors, has_statistics
 from manifold_merge.merge_result import Tally
+from manifold_merge.rank_choice import RankChoice, choose_rank, parse_auto, truncation_losses
 from manifold_merge.solution import FrechetSolution
 from manifold_merge.statistics import Statistics
 from manifold_merge.transforms import Transform, parse_transform, with_norm
@@ -78,6 +79,8 @@ class MergePlan:
     metrics: AdapterMetrics | None = None
     closeness: float = float("nan")
     reason: str = ""
+    rank_choice: RankChoice | None = None
+    rank_reason: str = ""
 
     @classmethod
     def make(cls, adapters: list[Adapter], **options: Any) -> MergePlan:
@@ -95,8 +98,9 @@ class MergePlan:
                 f"distance={distance!r}: geometry={geometry!r} brings its own distance; leave it "
                 "out"
             )
-        if not (rank is None or rank == "full" or (isinstance(rank, int) and rank >= 1)):
-            raise ValueError(f"rank: expected a positive integer or 'full', got {rank!r}")
+        known = rank is None or rank == "full" or parse_auto(rank) is not None
+        if not (known or (isinstance(rank, int) and rank >= 1)):
+            raise ValueError(f"rank: expected a positive integer, 'full' or 'auto', got {rank!r}")
         if options["p"] not in (1, 2):
             raise ValueError(f"p must be 2 (mean) or 1 (median); got {options['p']!r}")
         scale, transform = options["scale"], options["transform"]
@@ -176,28 +180,82 @@ class MergePlan:
                 self.reason = f"geometry was given; {said}"
         logger.info("geometry %s (%s)", self.geometry, self.reason)
 
+    # --- the rank --------------------------------------------------------------------------------
+
+    def decide_rank(self, progress: Callable[[int], None]) -> None:
+        """Settle ``rank="auto"``, from the unconstrained merge of every module."""
+        tolerance = parse_auto(self.rank)
+        if tolerance is None:
+            return
+        if self.passes == 1:
+            # Such distances are between products of one rank, so there is nothing to choose.
+            self.rank = None
+            self.rank_reason = f"{self.distance} distances are between products of equal rank"
+        else:
+            losses: dict[str, list[float]] = {}
+            for (_, names, _), found in in_turn(self._pieces(), self._losses_of_piece):
+                losses |= found
+                progress(len(names))
+            choice = choose_rank(losses, tolerance, calibrated=self.metrics is not None)
+            self.rank_choice = from_first(choice)
+            self.rank, self.rank_reason = self.rank_choice.rank, self.rank_choice.reason
+        logger.info("rank %s (%s)", self._rank_name, self.rank_reason)
+
+    @property
+    def passes(self) -> int:
+        """How often each module is merged."""
+        chosen = parse_auto(self.rank) is not None and self.distance not in ("exact", "aligned")
+        return 2 if chosen else 1
+
+    def _losses_of_piece(
+        self, piece: tuple[ModuleGroup, list[str], list[float]]
+    ) -> dict[str, list[float]]:
+        losses: dict[str, list[float]] = {}
+        self._merge_chunk(*piece, losses)
+        for adapter in self.adapters:
+            adapter.release()
+        if self.metrics is not None:
+            self.metrics.take_errors()  # they are those of the merge at the rank chosen
+        return losses
+
+    @property
+    def _rank_name(self) -> int | str:
+        full = self.geometry in ("lifted", "fisher")
+        return self.rank or ("full" if full else "greatest of inputs")
+
+    @property
+    def _reasons(self) -> dict[str, str]:
+        """Why this rank and this scale."""
+        defaults = {
+            "fisher": ("no lower rank has a lower predicted error", "nor has another scale"),
+            "lifted": ("each adapter keeps its directions", "the mean keeps their norm"),
+        }
+        rank, scale = defaults.get(self.geometry, ("that of the inputs", "a mean has none"))
+        return {
+            "rank_chosen_because": self.rank_reason or ("given" if self.rank else rank),
+            "scale_chosen_because": "given" if self.scale != 1 else scale,
+        }
+
     # --- modules ---------------------------------------------------------------------------------
 
+    def _pieces(self) -> Iterator[tuple[ModuleGroup, list[str], list[float]]]:
+        """Groups, names of some of their modules, and the weights of those."""
+        for group in group_modules(self.adapters):
+            for names, weights in self._chunks(group):
+                yield group, names, weights
+
     def merge_modules(
-        self, tally: Tally, total: int, progress: Callable[[int, int], None] | None
+        self, tally: Tally, progress: Callable[[int], None]
     ) -> Iterator[tuple[str, Factors]]:
         """Merged factors of all modules, in order; of none on any process but the first."""
-        done = 0
-        pieces = (
-            (group, names, weights)
-            for group in group_modules(self.adapters)
-            for names, weights in self._chunks(group)
-        )
-        for (group, names, _), (solution, errors) in in_turn(pieces, self._merge_piece):
+        for (group, names, _), (solution, errors) in in_turn(self._pieces(), self._merge_piece):
             tally.add(solution)
             if self.metrics is not None:
                 self.metrics.add_errors(errors)
             b, a = self._manifold(group.out_features, group.in_features).unpack(solution.point)
             for i, name in enumerate(names):
                 yield name, (b[i] if self._factor == 1 else b[i] * self._factor, a[i])
-            done += len(names)
-            if progress is not None:
-                progress(done, total)
+            progress(len(names))
 
     def _merge_piece(
         self, piece: tuple[ModuleGroup, list[str], list[float]]
@@ -237,8 +295,13 @@ class MergePlan:
         return self.weights
 
     def _merge_chunk(
-        self, group: ModuleGroup, names: list[str], weights: list[float]
+        self,
+        group: ModuleGroup,
+        names: list[str],
+        weights: list[float],
+        losses: dict[str, list[float]] | None = None,
     ) -> FrechetSolution:
+        """The merge of some modules; into ``losses`` goes what each rank below full would lose."""
         m, n = group.out_features, group.in_features
         present = [i for i, r in enumerate(group.ranks) if r]
         manifold = self._manifold(m, n)
@@ -252,16 +315,22 @@ class MergePlan:
             who.append([i for i in range(len(weights)) if i not in present])
         limit = min(m, n, builtins.sum(group.ranks))  # a mean lies in the span of its anchors
         rank: int | None = None if isinstance(self.rank, str) else self.rank
-        if self.rank == "full":
+        if isinstance(self.rank, str):  # full, or about to be chosen
             rank = limit
         rank = None if rank is None else min(rank, limit)
         fisher: Callable[[list[Tensor]], FrechetSolution] | None = None
         if self.metrics is not None:
             fisher = functools.partial(
                 self.metrics.mean, manifold, weights=used, names=names, who=who, rank=rank,
-                p=self.p, adapter_weights=weights,
+                p=self.p, adapter_weights=weights, losses=losses,
             )  # fmt: skip
-        return self._solve(manifold, points, used, rank, fisher)
+        if losses is None:
+            return self._solve(manifold, points, used, rank, fisher)
+        solution = self._solve(manifold, points, used, rank, fisher, check=False)
+        if self.metrics is None:
+            b, a = manifold.unpack(solution.point)
+            losses.update(zip(names, truncation_losses((b, a.mT)).tolist(), strict=True))
+        return solution
 
     def _solve(
         self,
@@ -270,6 +339,8 @@ class MergePlan:
         weights: list[float],
         rank: int | None,
         fisher: Callable[[list[Tensor]], FrechetSolution] | None,
+        *,
+        check: bool = True,
     ) -> FrechetSolution:
         def solve(anchors: list[Tensor]) -> FrechetSolution:
             given = anchors
@@ -297,7 +368,7 @@ class MergePlan:
             weights[:] = [1.0] * len(weights)  # all weight lies on adapters without this module
             points[:] = [torch.zeros_like(x) for x in points]
         solution = solve(points)
-        if self.gauge_check:
+        if self.gauge_check and check:
             generator = torch.Generator(device=points[0].device).manual_seed(0)
             moved = [
                 manifold.random_representative(x, generator=generator, condition=100.0)
@@ -362,8 +433,9 @@ class MergePlan:
             "distance": self.distance,
             "chosen_because": self.reason,
             "closeness": self.closeness,
-            "rank": self.rank
-            or ("full" if self.geometry in ("lifted", "fisher") else "greatest of inputs"),
+            "rank": self._rank_name,
+            **self._reasons,
+            **({} if self.rank_choice is None else {"rank_choice": self.rank_choice.recipe}),
             **({} if self.metrics is None else {"statistics": self.metrics.recipe}),
             **self._predicted,
             "scale": self.scale,

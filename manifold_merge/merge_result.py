@@ -19,7 +19,8 @@ class AdapterMerge:
     """What a merge produced.
 
     Attributes:
-        recipe: The exact recipe: inputs, weights, geometry, distance, rank, scale and why.
+        recipe: The exact recipe: inputs, weights, geometry, distance, rank, scale, and why
+            geometry, rank and scale were chosen.
         closeness: Least cosine between the updates of two adapters.
         modules: Merged factors by module name, B ``(m, R)`` and A ``(R, n)``; empty if the result
             was written to a folder.
@@ -49,6 +50,10 @@ class AdapterMerge:
             ("modules", str(self.modules_merged)),
             ("status", ", ".join(f"{v} {k}" for k, v in self.status.items())),
         ]
+        if "rank_choice" in self.recipe:
+            rows.insert(
+                1, ("rank", f"{self.recipe['rank']} ({self.recipe['rank_chosen_because']})")
+            )
         if self.extras:
             rows.append(("extras", str(len(self.extras))))
         if self.paths:

@@ -27,11 +27,12 @@ def model_card(recipe: Mapping[str, Any], adapters: Sequence[Adapter]) -> str:
         rows.append(f"| `{adapter.path.resolve().name}` | {weight:.6g} | {str(ranks)[1:-1]} |")
     table = "\n".join(rows)
     base = adapters[0].base_model or "not stated by the adapters"
+    rank = f"Rank {recipe['rank']}: {recipe['rank_chosen_because']}.\n\n"
     kind = "sum" if recipe["sum"] else "Fréchet median" if recipe["p"] == 1 else "Fréchet mean"
     return (
         f"# Merged LoRA adapter\n\nA {kind} of {len(adapters)} LoRA adapters of `{base}`, made "
         f"with manifold-merge {recipe['manifold_merge']}. The scaling of each input is folded in, "
         "the scaling of this adapter is 1 (`lora_alpha` equals the rank).\n\n"
-        f"| adapter | weight | ranks |\n|---|---|---|\n{table}\n\n"
+        f"| adapter | weight | ranks |\n|---|---|---|\n{table}\n\n{rank}"
         f"## Recipe\n\n```json\n{json.dumps(recipe, indent=2)}\n```\n"
     )

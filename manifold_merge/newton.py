@@ -23,6 +23,7 @@ from torch import Tensor
 
 from manifold_merge.accurate import SPD, Sphere, safe_eigh
 from manifold_merge.linalg import adjoint
+from manifold_merge.newton_series import has_series, newton_by_series
 from manifold_merge.solution import FrechetSolution, Status
 from manifold_merge.solvers import Problem
 
@@ -39,10 +40,10 @@ class _Model(NamedTuple):
 
     objective: Tensor
     gradient_norm: Tensor
-    #: Returns the next point, and where the model is convex.
+    #: Returns the next point, and zeros where the model is convex.
     step: Callable[[], tuple[Tensor, Tensor]]
-    #: Whether the model is convex without looking.
-    certain: bool = True
+    #: Returns these zeros; the model is convex everywhere if it is ``None``.
+    info: Callable[[], Tensor | int] | None = None
 
 
 def has_newton(manifold: Any, shape: tuple[int, ...]) -> bool:
@@ -52,42 +53,79 @@ def has_newton(manifold: Any, shape: tuple[int, ...]) -> bool:
     return isinstance(manifold, SPD)
 
 
-def newton(problem: Problem, start: Tensor) -> FrechetSolution:
+def newton(problem: Problem, start: Tensor | None = None) -> FrechetSolution:
     """Newton's iteration from ``start``, ``(L, *point)``, with Karcher's as a safety net.
 
     Args:
         problem: On a sphere or on positive definite matrices, p = 2.
-        start: ``(L, *point)``.
+        start: ``(L, *point)``; a point that treats all anchors alike if ``None``.
 
     Returns:
         The solution; iterations of a problem end where its gradient is small enough.
     """
-    on_sphere = isinstance(problem.manifold, Sphere)
-    order = problem.points if on_sphere else problem.points.transpose(0, 1).contiguous()
-    x, count = start, torch.zeros(len(start), dtype=torch.long, device=start.device)
+    points, weights = problem.points, problem.weights
+    narrow = isinstance(problem.manifold, SPD) and points.numel()
+    if not narrow or not has_series(tuple(points.shape[2:]), problem.max_iterations):
+        return _by_models(problem, start)
+    found = newton_by_series(points, weights, start, problem.tolerance, _floor(problem))
+    return _completed(
+        problem,
+        found[:4],
+        found.converged,
+        lambda part, rows: _by_models(part, None if start is None else start[rows]),
+    )
+
+
+def _floor(problem: Problem) -> float:
     # Round-off, on the scale on which these manifolds are curved; Problem.floor costs more.
-    floor = 100 * torch.finfo(start.dtype).eps if problem.tolerance else 0.0
+    return 100 * torch.finfo(problem.points.dtype).eps if problem.tolerance else 0.0
+
+
+def _by_models(problem: Problem, start: Tensor | None) -> FrechetSolution:
+    """Newton's iteration on spheres, and on matrices of any size and spectrum."""
+    on_sphere = isinstance(problem.manifold, Sphere)
+    order, weights = problem.points.transpose(0, 1).contiguous(), problem.weights.T
+    start = problem.starts("auto")[0] if start is None else start
+    x, count = start, torch.zeros(len(start), dtype=torch.long, device=start.device)
+    floor = _floor(problem)
     first: Any = None
-    safe = torch.ones(len(start), dtype=torch.bool, device=start.device)
+    failed: Any = 0
     for left in range(min(MAX_STEPS, problem.max_iterations), -1, -1):
         build = _sphere if on_sphere else _positive_definite
-        model = build(x, order, problem.weights, problem.tolerance)
+        model = build(x, order, weights, problem.tolerance)
         first = model.objective if first is None else first
-        goal = problem.tolerance * model.objective.sqrt() + floor
+        goal = model.objective.sqrt().mul_(problem.tolerance).add_(floor)
         going = model.gradient_norm > goal
         if left == 0 or not bool(going.any()):
             break
         count += going
         # A converged problem takes part in further steps, which only polish it.
-        x, convex = model.step()
-        safe &= convex
-    if not model.certain:  # a stationary point may be no minimum
-        safe &= model.step()[1]
-    accepted = ~going & safe & (model.objective <= first * (1 + 1e-9))
+        x, info = model.step()
+        failed = failed + info
+    if model.info is not None:  # a stationary point may be no minimum
+        failed = failed + model.info()
+    accepted = ~going & (failed == 0) & (model.objective <= first * (1 + 1e-9))
+    begin = start
+    return _completed(
+        problem,
+        (x, model.objective, model.gradient_norm, count),
+        accepted,
+        lambda part, rows: part.karcher(begin[rows]),
+    )
+
+
+def _completed(
+    problem: Problem,
+    found: tuple[Tensor, ...],
+    accepted: Tensor,
+    solve: Callable[[Problem, Tensor], FrechetSolution],
+) -> FrechetSolution:
+    """The solution of the accepted problems, and of the others by another solver."""
+    point, objective, gradient_norm, count = found
     solution = FrechetSolution(
-        point=x,
-        objective=model.objective,
-        gradient_norm=model.gradient_norm,
+        point=point,
+        objective=objective,
+        gradient_norm=gradient_norm,
         iterations=count,
         status=torch.full_like(count, Status.CONVERGED),
         weights=problem.weights,
@@ -96,9 +134,10 @@ def newton(problem: Problem, start: Tensor) -> FrechetSolution:
     if bool(accepted.all()):
         return solution
     rows = (~accepted).nonzero()[:, 0]
-    rest = dataclasses.replace(
+    part = dataclasses.replace(
         problem, points=problem.points[:, rows], weights=problem.weights[:, rows]
-    ).karcher(start[rows])
+    )
+    rest = solve(part, rows)
     for name in ("point", "objective", "gradient_norm", "iterations", "status"):
         value = getattr(solution, name).clone()
         value[rows] = getattr(rest, name)
@@ -107,30 +146,36 @@ def newton(problem: Problem, start: Tensor) -> FrechetSolution:
 
 
 def _sphere(x: Tensor, points: Tensor, weights: Tensor, tolerance: float) -> _Model:
-    chord = points - x
-    cosine = (points * x).sum(-1)
-    u = chord - (chord * x).sum(-1, keepdim=True) * x
-    sine = torch.linalg.vector_norm(u, dim=-1)
+    chord = points - x[:, None]
+    along = torch.bmm(chord, x[..., None])
+    u = torch.baddbmm(chord, along, x[:, None], alpha=-1)
+    sine, cosine = torch.linalg.vector_norm(u, dim=-1), along[..., 0] + 1
     angle = torch.atan2(sine, cosine)
-    ratio = angle / sine.clamp(min=torch.finfo(x.dtype).tiny)
-    ratio = torch.where(sine > 0, ratio, 1.0)
-    direction = ((weights * ratio)[..., None] * u).sum(0)
+    ratio = torch.nan_to_num(angle / sine, nan=1.0, posinf=1.0)  # at the point and its antipode
+    pull = weights * ratio
+    direction = torch.bmm(pull[:, None], u)[:, 0]
+
+    def hessian() -> tuple[Tensor, Tensor]:
+        across = pull * cosine  # θ cot θ
+        # (1 - θ cot θ)/sin² θ loses digits for small angles, where it multiplies a small square.
+        excess = (weights - across) / sine.square().clamp(min=1e-6)
+        matrix = torch.bmm(adjoint(excess[..., None] * u), u)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(across.sum(-1, keepdim=True))
+        return torch.linalg.cholesky_ex(matrix)
 
     def step() -> tuple[Tensor, Tensor]:
-        across = cosine * ratio  # θ cot θ
-        # (1 - θ cot θ)/sin² θ tends to 1/3; the quotient loses digits before.
-        along = torch.where(sine > 1e-3, (1 - across) / sine.square().clamp(min=1e-30), 1 / 3)
-        columns = ((weights * along)[..., None] * u).permute(1, 2, 0), u.transpose(0, 1)
-        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        hessian = columns[0] @ columns[1] + (weights * across).sum(0)[:, None, None] * eye
-        lower, info = torch.linalg.cholesky_ex(hessian)
+        lower, info = hessian()
         v = torch.cholesky_solve(direction[..., None], lower)[..., 0]
         length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-        y = x * length.cos() + v * torch.sinc(length / torch.pi)
-        return y / torch.linalg.vector_norm(y, dim=-1, keepdim=True), info == 0
+        y = torch.addcmul(x * length.cos(), v, torch.sinc(length / torch.pi))
+        return y / torch.linalg.vector_norm(y, dim=-1, keepdim=True), info
 
-    objective, size = (weights * angle.square()).sum(0), torch.linalg.vector_norm(direction, dim=-1)
-    return _Model(objective, size, step, certain=bool((cosine > 0).all()))
+    objective, size = (
+        (weights * angle.square()).sum(-1),
+        torch.linalg.vector_norm(direction, dim=-1),
+    )
+    # Where all anchors are less than a right angle away, θ cot θ is positive.
+    return _Model(objective, size, step, lambda: 0 if bool((cosine > 0).all()) else hessian()[1])
 
 
 def _positive_definite(x: Tensor, points: Tensor, weights: Tensor, tolerance: float) -> _Model:
@@ -143,7 +188,7 @@ def _positive_definite(x: Tensor, points: Tensor, weights: Tensor, tolerance: fl
     )
     half = (points.reshape(len(x), size_k * n, n) @ adjoint(inverse)).reshape(points.shape)
     values, vectors = safe_eigh(inverse[:, None] @ half)
-    logs, shares = values.log(), weights.T
+    logs, shares = values.log(), weights
     bases = vectors.transpose(1, 2).reshape(len(x), n, size_k * n)
     pulls = (shares[..., None] * logs).reshape(len(x), 1, -1)
     direction = (bases * pulls) @ adjoint(bases)
@@ -166,7 +211,7 @@ def _positive_definite(x: Tensor, points: Tensor, weights: Tensor, tolerance: fl
         v = _conjugate_gradients(hessian, direction, accuracy * size)
         rate, basis = safe_eigh(v)
         frame = root @ (basis * (0.5 * rate).exp()[..., None, :])
-        return frame @ adjoint(frame), info == 0
+        return frame @ adjoint(frame), info
 
     return _Model(objective, size, step)
 

@@ -87,18 +87,20 @@ def default_iterations(solver: Solver) -> int:
     return 3000 if _is_torch(solver) else 200
 
 
-def run_solver(problem: Problem, start: Tensor, solver: Solver) -> FrechetSolution:
-    """Iterate from ``start``, ``(L, *point)``."""
-    if isinstance(solver, str) and solver == "karcher":
-        return problem.karcher(start)
+def run_solver(problem: Problem, start: Tensor | None, solver: Solver) -> FrechetSolution:
+    """Iterate from ``start``, ``(L, *point)``; ``"newton"`` finds one where it is ``None``."""
     if isinstance(solver, str) and solver == "newton":
-        if problem.p != 2 or not has_newton(problem.manifold, tuple(start.shape)):
+        if problem.p != 2 or not has_newton(problem.manifold, tuple(problem.points.shape[1:])):
             raise ValueError(
                 "solver='newton': Hessians are known in closed form for means (p=2) on geoopt's "
                 "spheres of at most 64 dimensions and SymmetricPositiveDefinite; use "
                 "'trust_region', which takes them by differences"
             )
         return newton(problem, start)
+    if start is None:
+        (start,) = problem.starts("auto")
+    if isinstance(solver, str) and solver == "karcher":
+        return problem.karcher(start)
     from manifold_merge.derivatives import in_gradient_metric
 
     problem = dataclasses.replace(problem, manifold=in_gradient_metric(problem.manifold))

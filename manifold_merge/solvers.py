@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import geoopt
 import torch
@@ -27,6 +27,8 @@ __all__ = ["Problem", "closed_form_of"]
 MAX_HALVINGS = 12
 # Relative gradient norm down to which rough logarithms serve.
 ROUGH = 1e-3
+# A point, or None where the solver chooses.
+Start = TypeVar("Start", Tensor, Tensor | None)
 
 
 def closed_form_of(manifold: geoopt.Manifold) -> Callable[..., Tensor] | None:
@@ -223,7 +225,7 @@ class Problem:
         return self.solution(self.evaluate(mean), count, status)
 
     def best_of(
-        self, starts: list[Tensor], run: Callable[[Tensor], FrechetSolution]
+        self, starts: Sequence[Start], run: Callable[[Start], FrechetSolution]
     ) -> FrechetSolution:
         """Iterate from each start; each element keeps its least objective."""
         best = run(starts[0])

@@ -70,6 +70,8 @@ def collect_statistics(
     output: Callable[[Any, Any], Tensor] | None = None,
     likelihood: Literal["categorical", "gaussian"] = "categorical",
     labels: Literal["sampled", "given"] = "sampled",
+    draws: int = 1,
+    output_rank: int | None = None,
     seed: int = 0,
     model_name: str | None = None,
 ) -> Statistics:
@@ -99,6 +101,9 @@ def collect_statistics(
             features, whose Fisher is the curvature of the squared distance between outputs.
         labels: ``"sampled"`` draws labels from the model: the true Fisher, with no labels needed.
             ``"given"`` takes the batch's: the empirical Fisher.
+        draws: Labels drawn for each example, each at the price of one backward pass. Gradients of
+            one drawn label are noisy; their Gram settles with examples times draws.
+        output_rank: Like ``rank``, for the Grams of output gradients; ``rank`` if ``None``.
         seed: Of the drawn labels.
         model_name: Stored with the statistics. Default: the model's ``name_or_path``.
 
@@ -131,8 +136,14 @@ def collect_statistics(
             raise ValueError(f"{argument} is {option!r}, expected one of {', '.join(known)}")
     if rank is not None and rank < 1:
         raise ValueError(f"rank is {rank}, expected at least 1, or None for exact Grams")
+    if output_rank is not None and output_rank < 1:
+        raise ValueError(f"output_rank is {output_rank}, expected at least 1, or None")
+    if draws < 1 or (draws > 1 and labels == "given"):
+        raise ValueError(
+            f"draws is {draws}, expected 1 or more, and 1 with labels='given': those are not drawn"
+        )
     chosen = select_modules(model, modules)
-    watcher = _Watcher(chosen, kind, rank, dtype)
+    watcher = _Watcher(chosen, kind, (rank, output_rank or rank), dtype, draws)
     if kind == "diagonal":
         watcher.modules = fisher_modules(model, chosen, everything=modules is None)
     generator = torch.Generator().manual_seed(seed)
@@ -145,13 +156,16 @@ def collect_statistics(
             if kind != "input_gram":
                 value = output(result, batch) if output else default_output(result, kept)
                 given = _labels(batch) if labels == "given" else None
-                example_loss(value, kept, likelihood, given, generator).backward()
+                for left in range(draws, 0, -1):
+                    loss = example_loss(value, kept, likelihood, given, generator)
+                    loss.backward(retain_graph=left > 1)
+                    watcher.end_draw()
             watcher.end_batch(examples)
     if examples == 0:
         raise ValueError("batches is empty; give at least one batch")
     options: dict[str, Any] = {"rank": rank, "normalisation": "mean over tokens"}
     if kind != "input_gram":
-        options |= {"likelihood": likelihood, "labels": labels, "seed": seed}
+        options |= {"likelihood": likelihood, "labels": labels, "draws": draws, "seed": seed}
     stated = getattr(getattr(model, "config", None), "name_or_path", None)
     return watcher.result(examples, model_name or str(stated or type(model).__name__), options)
 
@@ -160,10 +174,16 @@ class _Watcher:
     """The hooks of one pass and what they have added up."""
 
     def __init__(
-        self, modules: Mapping[str, nn.Module], kind: str, rank: int | None, dtype: torch.dtype
+        self,
+        modules: Mapping[str, nn.Module],
+        kind: str,
+        ranks: tuple[int | None, int | None],
+        dtype: torch.dtype,
+        draws: int,
     ) -> None:
         self.modules = dict(modules)
-        self.kind, self.rank, self.dtype = kind, rank, dtype
+        self.kind, self.dtype, self.draws = kind, dtype, draws
+        self.rank, self.output_rank = ranks
         self.mask: Tensor | None = None
         self.inputs: dict[str, GramSum] = {}
         self.outputs: dict[str, GramSum] = {}
@@ -237,13 +257,15 @@ class _Watcher:
             return
         rows = gradient_rows(module, gradient, self.mask)
         if name not in self.outputs:
-            self.outputs[name] = gram_sum(rows.shape[-1], self.rank, self.dtype, rows.device)
+            self.outputs[name] = gram_sum(rows.shape[-1], self.output_rank, self.dtype, rows.device)
         self.outputs[name].add(rows)
 
     def end_batch(self, examples: int) -> None:
         self._live.clear()
         for total in self.outputs.values():
-            total.count = examples
+            total.count = examples * self.draws
+
+    def end_draw(self) -> None:
         for name, calls in self._calls.items():
             for part, squares in squared_gradients(self.modules[name], calls, self.mask).items():
                 key = f"{name}.{part}"
@@ -285,7 +307,9 @@ class _Watcher:
             input_grams=grams,
             owners=dict(sorted(self.owners.items())),
             output_grams={n: _on_cpu(s.result()) for n, s in sorted(self.outputs.items())},
-            diagonals={k: (d / examples).cpu() for k, d in sorted(self.diagonals.items())},
+            diagonals={
+                k: (d / (examples * self.draws)).cpu() for k, d in sorted(self.diagonals.items())
+            },
             examples=examples,
             model_name=model_name,
             options=options,

@@ -101,6 +101,14 @@ class Gram:
         }
         return replace(self, **cast)
 
+    def scaled(self, factor: float) -> Gram:
+        """The matrix times a positive number; the mean of x is left as it was measured."""
+        powers = {"matrix": 1.0, "factor": 0.5, "remainder": 1.0}
+        values = {name: getattr(self, name) for name in powers}
+        return replace(
+            self, **{n: v * factor ** powers[n] for n, v in values.items() if v is not None}
+        )
+
     def compress(self, rank: int) -> Gram:
         """The best approximation of rank ``rank`` with the diagonal kept exact.
 

@@ -306,7 +306,7 @@ ERRORS: dict[str, tuple[Callable[[list[Path]], None] | None, list[str], list[str
         ["--layer-weights", "a=1,2", "--layer-weights", "a=2,1"],
         ["pattern 'a' is given twice"],
     ),
-    "rank": (None, ["--rank", "0"], ["--rank: expected a positive integer or 'full', got 0"]),
+    "rank": (None, ["--rank", "0"], ["--rank: expected a positive integer, 'full'", "got 0"]),
     "rank-text": (None, ["--rank", "half"], ["--rank: expected a positive integer", "'half'"]),
     "scale": (None, ["--scale", "nan"], ["--scale: expected a finite number"]),
     "lifted-distance": (

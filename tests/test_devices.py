@@ -37,6 +37,7 @@ from manifold_merge import (
     merge_networks,
     symmetry_of,
 )
+from manifold_merge.rank_choice import truncation_losses
 from manifold_merge.statistics_file import Statistics
 
 CUDA = torch.cuda.is_available()
@@ -162,6 +163,17 @@ def test_metrics_and_lifted_means(device: str):
             for where in ("cpu", device)
         )  # fmt: skip
         assert same(quotient.product(found), quotient.product(expected), 1e-7)
+        weights = torch.full((3,), 1 / 3, dtype=torch.float64)
+        expected, found = (
+            truncation_losses(
+                quotient._split(moved(pairs[0], where)), moved(weights, where),
+                [KroneckerFisher(4, 3, input_gram=g.to(where),
+                                 output_gram=None if h is None else h.to(where))
+                 for g, h in given],
+            )
+            for where in ("cpu", device)
+        )  # fmt: skip
+        assert same(found, expected, 1e-9)
     assert same(
         lifted_mean(quotient, moved(pairs, device)).point, lifted_mean(quotient, pairs).point
     )
@@ -189,6 +201,7 @@ MERGES: dict[str, dict[str, Any]] = {
     "sum": {"sum": True, "rank": "full", "weights": [1.0, -0.5, 0.2]},
     "ties": {"transform": "ties=0.5", "rank": 2},
     "checked": {"gauge_check": True},
+    "chosen rank": {"rank": "auto=0.1"},
 }
 
 

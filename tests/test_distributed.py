@@ -48,12 +48,13 @@ def test_one_process_needs_no_group() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("geometry", ["lifted", "mixed"])
-def test_adapters_over_two_processes(geometry: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("geometry", "size"), [("lifted", "auto=0.2"), ("mixed", "full")])
+def test_adapters_over_two_processes(geometry: str, size: str, tmp_path: Path) -> None:
     folders = [adapter(tmp_path / f"a{i}", seed=i, dtype=torch.float32) for i in range(3)]
     torch.set_num_threads(1)
-    one = merge_adapters(folders, tmp_path / "one", geometry=geometry, max_bytes=1).output
-    options = ["--geometry", geometry, "--max-memory", "1B", "-o", tmp_path / "two"]
+    given = {"geometry": geometry, "rank": size, "max_bytes": 1}
+    one = merge_adapters(folders, tmp_path / "one", **given).output  # type: ignore[arg-type]
+    options = ["--geometry", geometry, "--rank", size, "--max-memory", "1B", "-o", tmp_path / "two"]
     done = spread(2, ["-m", "manifold_merge", "adapters", *folders, *options])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Wrote ") == 1  # the first process speaks for both

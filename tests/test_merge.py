@@ -248,7 +248,7 @@ BAD = {
     "geometry": (2, {"geometry": "euclid"}, "geometry must be one of auto, lifted, mixed"),
     "distance": (2, {"distance": "cosine"}, "distance must be one of exact"),
     "lifted distance": (2, {"geometry": "lifted", "distance": "exact"}, "brings its own distance"),
-    "rank": (2, {"rank": 0}, "rank: expected a positive integer or 'full'"),
+    "rank": (2, {"rank": 0}, "rank: expected a positive integer, 'full' or 'auto'"),
     "power": (2, {"p": 3}, "p must be 2"),
     "lifted median": (2, {"geometry": "lifted", "p": 1}, "geometry='embedded'"),
     "scale": (2, {"scale": float("nan")}, "scale: expected a finite number"),
