@@ -174,17 +174,7 @@ def render(result: Mapping[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bench", type=Path, required=True, help="folder of the benchmark")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=harness.RESULTS)
-    options = parser.parse_args()
-    harness.quiet()
-    harness.finish("calibrate_speed", run(options), render, options.output)
-
-
 if __name__ == "__main__":
-    main()
+    harness.main_on_bench(
+        "calibrate_speed", __doc__, run, render, threads=2, repeats={"default": 3}
+    )

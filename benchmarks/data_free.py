@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -78,17 +77,5 @@ def render(result: Mapping[str, Any]) -> str:
     return f"{table}\n\n{harness.footer(result)}"
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bench", type=Path, required=True, help="folder of the benchmark")
-    parser.add_argument("--limit", type=int, help="texts of each task")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=harness.RESULTS)
-    options = parser.parse_args()
-    harness.quiet()
-    harness.finish("data_free", run(options), render, options.output)
-
-
 if __name__ == "__main__":
-    main()
+    harness.main_on_bench("data_free", __doc__, run, render, limit={"help": "texts of each task"})

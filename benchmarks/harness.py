@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -196,3 +197,33 @@ def finish(
     text = json.dumps(result, indent=1)
     (output / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(render(result))
+
+
+def main_on_bench(
+    name: str,
+    description: str,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    render: Callable[[Mapping[str, Any]], str],
+    *,
+    threads: int = 1,
+    **options: Mapping[str, Any],
+) -> None:
+    """The command line of a benchmark that needs the folder of the multi-task benchmark.
+
+    Args:
+        name: Of the file of results.
+        description: The script's docstring.
+        run: From the parsed options to what is written.
+        render: From that to Markdown.
+        threads: Default of ``--threads``.
+        options: Further options of whole numbers, with the arguments of ``add_argument``.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--bench", type=Path, required=True, help="folder of the benchmark")
+    for option, given in options.items():
+        parser.add_argument(f"--{option}", type=int, **given)
+    parser.add_argument("--threads", type=int, default=threads)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parsed = parser.parse_args()
+    quiet()
+    finish(name, run(parsed), render, parsed.output)

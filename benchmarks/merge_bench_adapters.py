@@ -162,17 +162,11 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bench", type=Path, required=True, help="folder of the benchmark")
-    parser.add_argument("--repeats", type=int, default=3, help="of PEFT's merge")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=harness.RESULTS)
-    options = parser.parse_args()
-    harness.quiet()
-    harness.finish("merge_bench_adapters", run(options), render, options.output)
-
-
 if __name__ == "__main__":
-    main()
+    harness.main_on_bench(
+        "merge_bench_adapters",
+        __doc__,
+        run,
+        render,
+        repeats={"default": 3, "help": "of PEFT's merge"},
+    )
