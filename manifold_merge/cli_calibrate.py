@@ -154,13 +154,17 @@ def calibrate(
 
 
 def _show(shell: Any, result: dict[str, Any]) -> None:
+    measured = "averages of layer inputs"
+    if result["kind"] == "kfac":
+        measured += " and of gradients of features"
     shell.line(f"wrote {result['output']}")
     shell.pairs(
         {
             "measured": f"{result['modules']} modules on {result['texts']} texts",
+            "kind": result["kind"],
             "size": f"{result['bytes'] / 1e6:.1f} MB",
             "time": f"{result['seconds']:.1f} s",
-            "note": "averages of layer inputs, no texts; publish it only if you could publish them",
+            "note": f"{measured}, no texts; publish it only if you could publish them",
         }
     )
 

@@ -62,7 +62,9 @@ def show_merge(shell: Session, result: dict[str, Any], base: str | None) -> None
     errors = [error for error in recipe.get("output_errors", ()) if error is not None]
     if errors:
         shown = ", ".join(f"{error:.2f}" for error in errors)
-        rows["errors"] = f"{shown} predicted at layer outputs (0 none, 1 as without the adapter)"
+        both = recipe["statistics"]["kind"] == "kfac"
+        where = "in the features of texts" if both else "at layer outputs"
+        rows["errors"] = f"{shown} predicted {where} (0 none, 1 as without the adapter)"
     if result["extras"]:
         rows["modules"] += f", and {result['extras']} other tensors"
     count = len(recipe["adapters"])

@@ -108,9 +108,10 @@ class AdapterMetrics:
             found.append(one)
         kinds = {one.kind for one in found}
         if len(kinds) > 1:
+            each = ", ".join(f"{a.path} {s.kind}" for a, s in zip(adapters, found, strict=True))
             raise ValueError(
-                f"statistics are of different kinds, {', '.join(sorted(kinds))}; collect one kind "
-                "for all adapters"
+                f"statistics are of different kinds ({each}); calibrate all adapters with one "
+                "--kind"
             )
         adapts = {i: frozenset(adapter.modules) for i, adapter in enumerate(adapters)}
         return cls(found, [str(a.path) for a in adapters], adapts=adapts, **options)

@@ -227,7 +227,10 @@ class MergePlan:
     def _reasons(self) -> dict[str, str]:
         """Why this rank and this scale."""
         defaults = {
-            "fisher": ("no lower rank has a lower predicted error", "nor has another scale"),
+            "fisher": (
+                "no lower rank has a lower predicted error",
+                "least squares have none to tune",
+            ),
             "lifted": ("each adapter keeps its directions", "the mean keeps their norm"),
         }
         rank, scale = defaults.get(self.geometry, ("that of the inputs", "a mean has none"))

@@ -53,7 +53,7 @@ class RankChoice:
     @property
     def reason(self) -> str:
         """Why this rank, in one sentence."""
-        what = "predicted effect on layer outputs" if self.calibrated else "squared norm"
+        what = "predicted effect" if self.calibrated else "squared norm"
         text = (
             f"it gives up {_percent(self.losses[self.rank])} of the {what} of the unconstrained "
             f"mean (rank {len(self.losses) - 1}), at most {_percent(self.tolerance)} allowed"

@@ -355,7 +355,7 @@ def test_all_geometries_by_themselves_can_choose(folders: list[Path]) -> None:
     """geometry="auto" and rank="auto" together: metric, rank and scale from what is there."""
     merged = merge_adapters(folders, rank="auto")
     assert merged.recipe["geometry"] == "fisher"
-    assert "predicted effect on layer outputs" in merged.recipe["rank_chosen_because"]
+    assert "of the predicted effect of" in merged.recipe["rank_chosen_because"]
     for folder in folders:
         (folder / "merge_statistics.safetensors").unlink()
     merged = merge_adapters(folders, rank="auto")
@@ -366,7 +366,12 @@ def test_all_geometries_by_themselves_can_choose(folders: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("options", "rank", "why", "scale"),
     [
-        ({}, "full", "no lower rank has a lower predicted error", "nor has another scale"),
+        (
+            {},
+            "full",
+            "no lower rank has a lower predicted error",
+            "least squares have none to tune",
+        ),
         ({"geometry": "lifted"}, "full", "each adapter keeps its directions", "keeps their norm"),
         ({"geometry": "embedded"}, "greatest of inputs", "that of the inputs", "a mean has none"),
         ({"rank": 2, "scale": "norm"}, 2, "given", "given"),
