@@ -23,6 +23,8 @@ def conjugate_gradient(
     ndim: int,
     tolerance: float,
     max_iterations: int,
+    *,
+    last: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Solve operator(x) = target for a positive definite operator, each batch element on its own.
 
@@ -34,6 +36,9 @@ def conjugate_gradient(
         ndim: Trailing dimensions that make up one point.
         tolerance: Preconditioned residual, relative to that of zero, that counts as solved.
         max_iterations: Greatest number of iterations.
+        last: Return the last iterate, not that of the least residual. Each step lowers the error in
+            the operator's norm, but the residual may grow for a while: a few steps of an outer
+            iteration would come to nothing there.
 
     Returns:
         The solutions, the iterations that each took, and whether each reached the tolerance.
@@ -65,4 +70,4 @@ def conjugate_gradient(
         better = rho < least
         best = torch.where(better[(..., *(None,) * ndim)], x, best)
         least = torch.minimum(least, rho)
-    return best, count, rho <= goal
+    return (x if last else best), count, rho <= goal

@@ -197,7 +197,7 @@ class TwoSided:
             return (shares * adjoint(right(adjoint(left(x))))).sum(0)
 
         mean, _, _ = conjugate_gradient(
-            operator, target, target, lambda x: x, 2, 0.0, SMALL_ITERATIONS
+            operator, target, target, lambda x: x, 2, 0.0, SMALL_ITERATIONS, last=True
         )
         x, s, y = torch.linalg.svd(mean, full_matrices=False)
         root = s[..., None, :rank].sqrt()
@@ -209,8 +209,9 @@ class TwoSided:
             half = self._half(pair, side)
             precondition = self.means[side].solve
             pair[side], _, _ = conjugate_gradient(
-                half.operator, half.target, half.x, precondition, 2, 0.0, INNER_ITERATIONS
-            )
+                half.operator, half.target, half.x, precondition, 2, 0.0, INNER_ITERATIONS,
+                last=True,
+            )  # fmt: skip
             pair[1 - side] = half.frame
 
     def _scale(self) -> Tensor:

@@ -98,15 +98,32 @@ def test_rounds_only_lower_the_objective_and_end_where_its_gradient_vanishes(ran
         values.append(objective(tuple(pair), points, found))
     assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(values))
     assert values[-1] < values[0]
-    (b, a), gradient, count, status = solver.solve(rank, 1e-9, 500)
+    (b, a), gradient, count, status = solver.solve(rank, 1e-8, 1500)
     assert int(status) == Status.CONVERGED
     assert int(count) > 0
+    assert float(gradient) <= 1e-8 * float(solver._scale())
     # By automatic differentiation, which knows nothing of frames or metrics.
-    pair = [b.clone().requires_grad_(), a.clone().requires_grad_()]
     pairs = [LoRAQuotient._split(SPACE, x) for x in points]
-    slopes = torch.autograd.grad(low_rank_objective(tuple(pair), pairs, found, SHARES), pair)
-    assert max(float(g.norm()) for g in slopes) < 1e-6 * values[0]
-    assert float(gradient) < 1e-9 * float(solver._scale())
+
+    def slope(b: Tensor, a: Tensor) -> float:
+        pair = (b.clone().requires_grad_(), a.clone().requires_grad_())
+        value = low_rank_objective(pair, pairs, found, SHARES)
+        return max(float(g.norm()) for g in torch.autograd.grad(value, pair))
+
+    assert slope(b, a) < 1e-6 * slope(1.1 * b, a)
+
+
+@pytest.mark.parametrize("inner", [2, 4])
+def test_few_inner_steps_do_not_stall(monkeypatch, inner):
+    """The residual may grow within a few steps that lower the objective: they are taken."""
+    points, found = anchors(), metrics()
+    values = []
+    for steps in (12, inner):
+        monkeypatch.setattr("manifold_merge.fisher_two_sided.INNER_ITERATIONS", steps)
+        pair, _, _, status = problem(points, found).solve(2, 1e-6, 400)
+        assert int(status) == Status.CONVERGED
+        values.append(objective(pair, points, found))
+    assert values[1] == pytest.approx(values[0], rel=1e-8)
 
 
 def test_the_gradient_is_that_of_the_result():
@@ -156,8 +173,12 @@ def test_gauges_change_nothing_even_where_spans_degenerate(case, rank):
     moved = [SPACE.random_representative(x, generator=generator, condition=100.0) for x in points]
     starts = [problem(x, found).start(rank) for x in (points, moved)]
     close(starts[1][0] @ starts[1][1].mT, starts[0][0] @ starts[0][1].mT, 1e-8)
-    results = [low_rank_mean(SPACE, x, found, SHARES, rank=rank) for x in (points, moved)]
-    close(SPACE.product(results[1].point), SPACE.product(results[0].point), 1e-8)
+    for rounds, digits in ((5, 1e-8), (200, 1e-5)):  # at the end, as far as it has converged
+        results = [
+            low_rank_mean(SPACE, x, found, SHARES, rank=rank, max_iterations=rounds)
+            for x in (points, moved)
+        ]
+        close(SPACE.product(results[1].point), SPACE.product(results[0].point), digits)
 
 
 def test_nothing_but_zeros():
