@@ -199,6 +199,30 @@ def test_a_batch_is_its_elements():
         assert float(whole.objective[i]) == pytest.approx(float(alone.objective), rel=1e-9)
 
 
+FORMS = {
+    # Of embeddings only frequencies are stored; a side may be missing, and forms may be mixed.
+    "diagonal": [{"input_gram": Gram(remainder=torch.arange(1.0, N + 1).double())}] * 3,
+    "mixed": [{"input_gram": spd(N, 0)}, {"input_gram": gram(N, 1)}, {}],
+}
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("form", FORMS)
+def test_any_form_of_grams(form, batch):
+    points = anchors(*batch)
+    found = [
+        KroneckerFisher(M, N, output_gram=(gram, spd)[i % 2](M, i), **sides)
+        for i, sides in enumerate(FORMS[form])
+    ]
+    shares = SHARES.reshape(3, *(1,) * len(batch)).expand(3, *batch)
+    solution = low_rank_mean(SPACE, points, found, shares, rank=12)
+    assert bool(solution.converged)
+    for i in range(3 if batch else 1):
+        best = dense([x[i] for x in points] if batch else points, found)[1]
+        reached = float(solution.objective[i] if batch else solution.objective)
+        assert best * (1 - 1e-9) <= reached <= 1.02 * best
+
+
 def test_rounds_in_the_small_problem_pay(monkeypatch):
     points, found = anchors(), metrics()
     with_rounds = objective(problem(points, found).start(2), points, found)
